@@ -1,0 +1,22 @@
+"""slimtune: adapt one pretrained Transformer to many tasks by training a small delta."""
+from slimtune import methods
+from slimtune.core import (
+    Anatomy,
+    Count,
+    Delta,
+    Method,
+    Site,
+    TowerSpec,
+    activate,
+    attach,
+    deltas,
+    dissect,
+    register,
+)
+from slimtune.errors import SlimtuneError
+from slimtune.io.load import load
+
+__version__ = "0.1.0"
+
+__all__ = ["Anatomy", "Count", "Delta", "Method", "Site", "SlimtuneError", "TowerSpec", "activate", "attach", "deltas",
+           "dissect", "load", "methods", "register"]

@@ -1,0 +1,194 @@
+"""attach: put a method, or a union of methods, on a model; nothing of the model changes if it fails."""
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from slimtune.core.anatomy import Anatomy, dissect
+from slimtune.core.delta import Delta, check_names, set_active, strip
+from slimtune.core.init import Init, Params
+from slimtune.core.insert import CHILD, Root, Slot, insert_at
+from slimtune.core.method import NORMS, Method, base_dtype, key_of
+from slimtune.core.reentrant import open_checkpoints
+from slimtune.core.sites import Site
+from slimtune.core.unfreeze import Owned, base_parameters, is_frozen_kind, places_of
+from slimtune.errors import DeltaError, MethodError, listing
+
+
+def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default", *, seed: int = 0,
+           anatomy: Anatomy | None = None, state: Mapping[str, Tensor] | None = None) -> Delta:
+    """Freeze the backbone, add what the method trains, and make it the delta that runs.
+
+    A list of methods is their union. Parameters start from `seed`, whatever the global random state, or
+    take the values of `state`. The first method of a union says how head and norms are treated.
+
+    Errors: MethodError for a method that cannot go on this backbone; SiteError for a site or block it does
+    not have; DeltaError for a name in use, or a state that does not fit. The model is left as it was.
+    Example:
+        >>> from slimtune.testing import tiny
+        >>> from slimtune.methods import LoRA
+        >>> delta = attach(tiny("bert"), LoRA(rank=2, sites=("attn.q",)))
+        >>> delta.count().adapter
+        256
+    """
+    methods = _methods(method)
+    root = _root(model, name)
+    before = root.plan.active
+    set_active(root, ())
+    try:
+        anatomy = anatomy or root.anatomy or dissect(model)
+        root.anatomy = anatomy
+        build = _Build(model, name, methods, anatomy, root, seed, state)
+        delta = build.run()
+    except BaseException:
+        strip(model, name)
+        set_active(root, before)
+        if not root.deltas:
+            _thaw(model, root)
+        raise
+    root.deltas[name] = delta
+    set_active(root, (name,))
+    return delta
+
+
+def _methods(method: Method | Sequence[Method]) -> tuple[Method, ...]:
+    methods = (method,) if isinstance(method, Method) else tuple(method)
+    for m in methods:
+        if not isinstance(m, Method):
+            raise MethodError(f"attach takes a method or a list of methods, and got {type(m).__name__}.",
+                              "Pass for example slimtune.methods.LoRA(rank=8).")
+    if not methods:
+        raise MethodError("attach got an empty list of methods.", "Pass at least one.")
+    # a union may hold equal configurations; each is its own object
+    return tuple(m.model_copy() for m in methods)
+
+
+def _root(model: nn.Module, name: str) -> Root:
+    if not name or "." in name or "/" in name:
+        raise DeltaError(f"'{name}' is no name for a delta.", "Use letters, digits, '-' and '_'.")
+    root = model._modules.get(CHILD)
+    if root is None:
+        root = Root()
+        root.required = {path: p.requires_grad for path, p in base_parameters(model).items()}
+        model.add_module(CHILD, root)
+        root.train(model.training)
+        for p in model.parameters():
+            p.requires_grad_(False)
+    assert isinstance(root, Root)
+    if name in root.deltas:
+        raise DeltaError(f"a delta named '{name}' is attached already.", f"There are: {listing(root.deltas)}",
+                         "Choose another name, or detach that one first.")
+    return root
+
+
+def _thaw(model: nn.Module, root: Root) -> None:
+    for path, p in base_parameters(model).items():
+        p.requires_grad_(root.required.get(path, True))
+    model._modules.pop(CHILD, None)
+
+
+class _Build:
+    """The delta in the making: what methods see as `Builder`."""
+
+    def __init__(self, model: nn.Module, name: str, methods: tuple[Method, ...], anatomy: Anatomy, root: Root,
+                 seed: int, state: Mapping[str, Tensor] | None) -> None:
+        self.model, self.anatomy, self.root, self.plan = model, anatomy, root, root.plan
+        self.name, self.seed, self.state = name, seed, state
+        self.delta = Delta(model, name, methods, anatomy, seed)
+        self.used: set[str] = set()
+
+    def run(self) -> Delta:
+        keys: list[str] = []
+        for method in self.delta.methods:
+            key = key_of(type(method))
+            self.key = key if key not in keys else f"{key}_{keys.count(key) + 1}"
+            keys.append(key)
+            self._share(method)
+            method.install(self)
+        leading = self.delta.methods[0]
+        self._norms(leading)
+        self._head(leading)
+        if self.state is not None:
+            check_names(self.delta.tensors(), self.state, f"delta '{self.name}'")
+        if not any(p.requires_grad for p in self.delta.tensors().values()):
+            raise MethodError(f"{type(leading).__name__} trains nothing on this {self.anatomy.model_type}: "
+                              f"no head was found, or head='{leading.head}'.",
+                              "Load the model with a task head, for example AutoModelForSequenceClassification.")
+        open_checkpoints(self.model, self.anatomy, self.plan, self.delta)
+        return self.delta
+
+    def module(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
+
+    def _share(self, method: Method) -> None:
+        where, shared = getattr(method, "where", None), getattr(method, "shared", None)
+        params: Params = shared(where(self.anatomy)) if shared is not None and where is not None else {}
+        if params:
+            module = nn.Module()
+            like = next(iter(base_parameters(self.model).values()))
+            for name, init in params.items():
+                module.register_parameter(name, self._parameter(f"shared.{self.key}.{name}", init, like))
+            group = self.root.shared._modules.setdefault(self.name, nn.Module())
+            group.add_module(self.key, module)  # type: ignore[union-attr]
+            self.delta.shared[self.key] = module
+
+    def slot(self, method: Method, site: Site, kind: str, params: Params) -> Slot:
+        host = self.module(site.path)
+        slot = Slot(method, site, kind, f"{site.name}.{self.key}", self.delta.shared.get(self.key))
+        like = next((p for p in host.parameters() if p.is_floating_point()), None)
+        if like is None:  # a dropout module has no tensors; its neighbours tell device and dtype
+            like = next(self.module(site.source or site.path.rpartition(".")[0]).parameters())
+        for name, init in params.items():
+            slot.register_parameter(name, self._parameter(f"{slot.label}.{name}", init, like))
+        slot.train(host.training)
+        insert_at(host, self.plan).add(self.name, slot)
+        self.delta.slots.append((site.path, slot))
+        return slot
+
+    def _parameter(self, key: str, init: Init, like: Tensor) -> nn.Parameter:
+        dtype = base_dtype(like)
+        if self.state is not None and key in self.state:
+            given = self.state[key]
+            if tuple(given.shape) != init.shape:
+                raise DeltaError(f"delta '{self.name}': {key} has shape {tuple(given.shape)}, and should have "
+                                 f"{init.shape}.", "Nothing was loaded.")
+            value = given.to(device=like.device, dtype=dtype, copy=True)
+        else:
+            value = init.make(self.seed, key, like.device, dtype)
+        return nn.Parameter(value, requires_grad=init.trainable)
+
+    def own(self, tensors: Sequence[str], group: Literal["adapter", "norms", "head"], trained: bool = True) -> None:
+        parameters = base_parameters(self.model)
+        fresh = [path for path in tensors if path not in self.used]
+        wanted = {path: parameters[path] for path in fresh if path in parameters}
+        places = places_of(self.model, {id(p) for p in wanted.values()})
+        for path, base in wanted.items():
+            if is_frozen_kind(base):
+                raise MethodError(f"{path} is quantised ({base.dtype}) and cannot be trained.",
+                                  "Use a method that adds parameters, such as LoRA.")
+            key = f"{'head' if group == 'head' else 'own'}.{path}"
+            given = self.state.get(key) if self.state is not None else None
+            if given is not None and given.shape != base.shape:
+                raise DeltaError(f"delta '{self.name}': {key} has shape {tuple(given.shape)}, and the model's is "
+                                 f"{tuple(base.shape)}.", "Load the model with the delta's number of labels."
+                                 if group == "head" else "", "Nothing was loaded.")
+            source = base.detach() if given is None else given.to(base.device, base.dtype)
+            value = nn.Parameter(source.clone(), requires_grad=trained)
+            self.delta.owned.append(Owned(path, group, base, value, places[id(base)]))
+            self.used.add(path)
+
+    def _norms(self, method: Method) -> None:
+        for pattern in NORMS[method.norms]:
+            if not any(s.role.startswith("norm.") for s in self.anatomy.sites):
+                raise MethodError(f"norms='{method.norms}': no norms are known in {self.anatomy.model_type}.",
+                                  "Set norms='none'.")
+            paths = [s.path for s in self.anatomy.select((pattern,))]
+            self.own([f"{path}.{n}" for path in paths for n, _ in self.module(path).named_parameters(recurse=False)],
+                     "norms")
+
+    def _head(self, method: Method) -> None:
+        if method.head == "none":
+            return
+        paths = [f"{head}.{n}" for head in self.anatomy.heads for n, _ in self.module(head).named_parameters()]
+        self.own([p for p in paths if CHILD not in p.split(".")], "head", trained=method.head == "train")
+

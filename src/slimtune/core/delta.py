@@ -1,0 +1,246 @@
+"""Delta: all that one task trains and saves, and how to switch it, merge it and take it off."""
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.add import Add
+from slimtune.core.anatomy import Anatomy
+from slimtune.core.count import Count
+from slimtune.core import insert, reentrant, side, tokens
+from slimtune.core.insert import CHILD, Insert, Root, Slot
+from slimtune.core.keyvalues import unwrap
+from slimtune.core.merge import merged
+from slimtune.core.method import Method
+from slimtune.core.store import save
+from slimtune.core.unfreeze import Owned, base_parameters
+from slimtune.errors import DeltaError, listing, suggest
+
+
+class Delta:
+    """What `attach` returns. Its parameters are the only ones an optimizer needs.
+
+    Names of state: `<tower>.<block>.<role>.<method>.<parameter>` for what is added, `own.<path>` for
+    tensors of the backbone, `head.<path>` for the head. They speak of roles, not of module paths, so
+    a file survives a renaming of modules in transformers.
+    """
+
+    def __init__(self, model: nn.Module, name: str, methods: Sequence[Method], anatomy: Anatomy, seed: int) -> None:
+        self.model, self.name, self.methods, self.anatomy, self.seed = model, name, tuple(methods), anatomy, seed
+        self.slots: list[tuple[str, Slot]] = []  # (path of the host, slot)
+        self.shared: dict[str, nn.Module] = {}
+        self.owned: list[Owned] = []
+        self.info: dict[str, Any] = {}
+        self._gone = False
+        self._unmerge: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    # what it holds
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Every tensor of the delta by its name of state, trained or kept."""
+        found: dict[str, nn.Parameter] = {}
+        for key, module in self.shared.items():
+            found |= {f"shared.{key}.{n}": p for n, p in module._parameters.items() if p is not None}
+        for _, slot in self.slots:
+            found |= {f"{slot.label}.{n}": p for n, p in slot._parameters.items() if p is not None}
+        return found | {own.key: own.value for own in self.owned}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained tensors, by name of state."""
+        self._alive()
+        return ((n, p) for n, p in self.tensors().items() if p.requires_grad)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained tensors: `torch.optim.AdamW(delta.parameters())`."""
+        return (p for _, p in self.named_parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        """All values by name, detached, not copied."""
+        self._alive()
+        return {n: p.detach() for n, p in self.tensors().items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Set all values. Errors: DeltaError for missing or extra names and other shapes; nothing is set then."""
+        tensors = self.tensors()
+        check_names(tensors, state, f"delta '{self.name}'")
+        for name, value in state.items():
+            if value.shape != tensors[name].shape:
+                raise DeltaError(f"delta '{self.name}': {name} has shape {tuple(value.shape)}, and should have "
+                                 f"{tuple(tensors[name].shape)}.", "Nothing was loaded.")
+        for name, value in state.items():
+            tensors[name].copy_(value)
+
+    def count(self) -> Count:
+        """What is trained and stored; see Count."""
+        self._alive()
+        sizes = {"adapter": 0, "norms": 0, "head": 0}
+        stored = 0
+        groups = {own.key: own.group for own in self.owned}
+        for name, p in self.tensors().items():
+            stored += p.numel()
+            if p.requires_grad:
+                sizes[groups.get(name, "adapter")] += p.numel()
+        for method, slots in self.by_method():
+            final = method.final(slots)
+            if final is not None:  # a reparametrisation is dropped when the delta is saved
+                names = [n for n in self.tensors() if self.is_of(n, slots)]
+                stored += sum(t.numel() for t in final[1].values()) - sum(self.tensors()[n].numel() for n in names)
+        heads = tuple(h + "." for h in self.anatomy.heads)
+        body = [p.numel() for path, p in base_parameters(self.model).items() if not (heads and path.startswith(heads))]
+        return Count(**sizes, stored=stored, backbone=sum(body))
+
+    def by_method(self) -> list[tuple[Method, list[Slot]]]:
+        """Each method of the union with its slots."""
+        return [(m, [s for _, s in self.slots if s.method is m]) for m in self.methods]
+
+    def is_of(self, name: str, slots: Sequence[Slot]) -> bool:
+        """Whether a name of state belongs to the method that has these slots."""
+        labels = {slot.label for slot in slots}
+        keys = {label.rpartition(".")[2] for label in labels}
+        return name.rpartition(".")[0] in labels or any(name.startswith(f"shared.{key}.") for key in keys)
+
+    def save(self, folder: Path | str, *, overwrite: bool = True) -> None:
+        """Write `delta.safetensors` and `delta.json`, atomically; a reparametrisation is dropped.
+
+        Errors: DeltaError when the folder holds something else, or a value is not finite.
+        """
+        self._alive()
+        save(self, folder, overwrite=overwrite)
+
+    # when it runs
+
+    @property
+    def root(self) -> Root:
+        return self.model._modules[CHILD]  # type: ignore[return-value]
+
+    @property
+    def active(self) -> bool:
+        return self.name in self.root.plan.active
+
+    def activate(self) -> None:
+        """Make this delta the one that runs; a pointer, whatever the size of the model."""
+        self._alive()
+        set_active(self.root, (self.name,))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The plain backbone for the length of a `with`."""
+        self._alive()
+        before = self.root.plan.active
+        set_active(self.root, tuple(n for n in before if n != self.name))
+        try:
+            yield
+        finally:
+            set_active(self.root, before)
+
+    # how it ends
+
+    def merge(self) -> None:
+        """Fold the delta into the backbone's weights, in float32; the hooks then do nothing.
+
+        Errors: MethodError when a method is not linear; DeltaError when it is merged already.
+        """
+        self._alive()
+        if self._unmerge:
+            raise DeltaError(f"delta '{self.name}' is merged already.", "Call unmerge() first.")
+        changes = merged(self)
+        for module, name, value in changes:
+            self._unmerge.append((module, name, module._parameters[name]))  # type: ignore[arg-type]
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        for _, slot in self.slots:
+            slot.kind = f"merged {slot.kind}"
+
+    def unmerge(self) -> None:
+        """Give the backbone its own tensors back, bitwise."""
+        for module, name, parameter in reversed(self._unmerge):
+            module._parameters[name] = parameter
+        self._unmerge.clear()
+        for _, slot in self.slots:
+            slot.kind = slot.kind.removeprefix("merged ")
+
+    def detach(self) -> None:
+        """Take the delta off: no hook, module or attribute stays, and the base is bitwise as before."""
+        self._alive()
+        self.unmerge()
+        root = self.root
+        set_active(root, tuple(n for n in root.plan.active if n != self.name))
+        strip(self.model, self.name)
+        del root.deltas[self.name]
+        if not root.deltas:
+            for path, p in base_parameters(self.model).items():
+                p.requires_grad_(root.required.get(path, True))
+            del self.model._modules[CHILD]
+        if not any(s.kind == "kv" for d in root.deltas.values() for _, s in d.slots):
+            for module in self.model.modules():
+                unwrap(getattr(module, "config", None))
+        self.slots, self.owned, self.shared = [], [], {}
+        self._gone = True
+
+    def _alive(self) -> None:
+        if self._gone:
+            raise DeltaError(f"delta '{self.name}' was detached.", "Attach it again, or load it from its folder.")
+
+    def __repr__(self) -> str:
+        kinds = " + ".join(type(m).__name__ for m in self.methods)
+        return f"Delta('{self.name}': {kinds} on {self.anatomy.model_type}{', detached' if self._gone else ''})"
+
+
+HOOKS = (*insert.HOOKS, *tokens.HOOKS, *side.HOOKS, *reentrant.HOOKS)
+
+
+def strip(model: nn.Module, name: str) -> None:
+    """Take a delta's slots off every host, and our children and hooks where nothing is left."""
+    hosts = [m for m in model.modules() if isinstance(m._modules.get(CHILD), Insert)]
+    for host in hosts:
+        host._modules[CHILD].slots._modules.pop(name, None)  # type: ignore[union-attr]
+    for host in hosts:
+        insert.prune(host, HOOKS)
+    root = model._modules.get(CHILD)
+    if isinstance(root, Root):
+        root.shared._modules.pop(name, None)
+
+
+def set_active(root: Root, names: tuple[str, ...]) -> None:
+    """Let exactly these deltas run, in this order. Of tensors that several own, the last one's stands."""
+    if root.plan.active == names:
+        return
+    for name in root.plan.active:
+        for own in root.deltas[name].owned:
+            own.swap(False)
+    root.plan.active = names
+    for name in names:
+        for own in root.deltas[name].owned:
+            own.swap(True)
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Let these deltas run together, in this order; none of them runs the plain backbone.
+
+    Errors: DeltaError for an unknown name; it lists those that are attached.
+    """
+    found = deltas(model)
+    for name in names:
+        if name not in found:
+            raise DeltaError(f"no delta named '{name}' is attached.", f"There are: {listing(found) or 'none'}",
+                             suggest(name, found))
+    if found:
+        set_active(model._modules[CHILD], tuple(names))  # type: ignore[arg-type]
+
+
+def deltas(model: nn.Module) -> dict[str, Delta]:
+    """The deltas on a model, by name."""
+    root = model._modules.get(CHILD)
+    return dict(root.deltas) if isinstance(root, Root) else {}
+
+
+def check_names(have: Mapping[str, Any], given: Mapping[str, Any], who: str) -> None:
+    """Errors: DeltaError when the names differ; it says which are missing and which are extra."""
+    missing, extra = [n for n in have if n not in given], [n for n in given if n not in have]
+    if missing or extra:
+        raise DeltaError(f"{who}: the tensors' names do not fit.",
+                         f"Missing: {listing(missing, 6)}" if missing else "",
+                         f"Extra: {listing(extra, 6)}" if extra else "", "Nothing was loaded.")

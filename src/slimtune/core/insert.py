@@ -1,0 +1,234 @@
+"""Insertion: hooks that find a delta's parameters under their host module, and one pointer to switch.
+
+A host (any module of the backbone) gets one child, `slimtune`, an `Insert`; it holds the slots of
+every delta that stands there. The hooks are plain functions that reach everything through the host,
+so deepcopy, pickling, gradient checkpointing and sharding see ordinary modules. Which deltas run is
+one tuple in the plan that all inserts of a model share: a switch walks nothing.
+"""
+import inspect
+from collections.abc import Callable, Iterator
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.sites import Site
+
+CHILD = "slimtune"
+
+
+class Plan:
+    """What every insert of one model shares: the names of the active deltas, in order.
+
+    `carry` holds what a side network or a prompt hands from one hook to the next, by thread.
+    """
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.carry: dict[tuple[int, str], Any] = {}
+
+    def put(self, key: str, value: Any) -> None:
+        self.carry[thread(), key] = value
+
+    def take(self, key: str, default: Any = None) -> Any:
+        return self.carry.pop((thread(), key), default)
+
+    def peek(self, key: str, default: Any = None) -> Any:
+        return self.carry.get((thread(), key), default)
+
+
+class Bound:
+    """The tensors a method's equation runs on, with the facts of the place: `p["A"]`, `p.training`.
+
+    again(t): the host module run on another input, for methods that pass a norm twice.
+    """
+
+    def __init__(self, values: dict[str, Tensor], site: Site, training: bool,
+                 again: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.values, self.site, self.training, self.again = values, site, training, again
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.values[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.values
+
+
+class Slot(nn.Module):
+    """One method at one site: its parameters, and references to those it shares with other sites.
+
+    kind: which hook runs it: "output", "input", "kv", "prompt", "ladder", ...
+    """
+
+    def __init__(self, method: Any, site: Site, kind: str, label: str, shared: nn.Module | None = None) -> None:
+        super().__init__()
+        self.method, self.site, self.kind, self.label = method, site, kind, label
+        self.causal = False
+        self._shared = (shared,) if shared is not None else ()  # a tuple, so that it is not registered twice
+
+    def bind(self, like: Tensor, host: nn.Module | None = None) -> Bound:
+        """The slot's tensors in the computation's dtype; master weights may be wider."""
+        values: dict[str, Tensor] = {}
+        for module in (*self._shared, self):
+            values |= {k: cast(v, like.dtype) for k, v in module._parameters.items() if v is not None}
+        return Bound(values, self.site, self.training, None if host is None else host.forward)
+
+    def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """y with this slot's method applied: on its slice, where the projection is fused."""
+        p = self.bind(y, host)
+        if self.site.part is None:
+            return cast(self.method.forward(p, x, y), y.dtype)
+        start, stop = self.site.part
+        piece = y[..., start:stop]
+        new = cast(self.method.forward(p, x, piece), y.dtype)
+        if new is piece or new._base is y:  # added in place
+            return y
+        return torch.cat([y[..., :start], new, y[..., stop:]], -1)
+
+
+class Insert(nn.Module):
+    """The child of a host: slots by delta name."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.slots = nn.Module()
+        self.stash: dict[int, Tensor] = {}
+        self.feeds: tuple[Insert, ...] = ()
+
+    def add(self, name: str, slot: Slot) -> None:
+        group = self.slots._modules.setdefault(name, nn.ModuleList())
+        group.append(slot)  # type: ignore[union-attr]
+
+    def live(self, kind: str) -> list[Slot]:
+        """The slots of one kind that run now, in the order of the active deltas."""
+        groups = self.slots._modules
+        return [s for name in self.plan.active if name in groups for s in groups[name] if s.kind == kind]  # type: ignore
+
+    def all(self) -> Iterator[tuple[str, Slot]]:
+        for name, group in self.slots._modules.items():
+            yield from ((name, slot) for slot in group)  # type: ignore[union-attr]
+
+
+class Root(Insert):
+    """The child of the model itself: the plan, the deltas, and what each shares between its sites."""
+
+    def __init__(self) -> None:
+        super().__init__(Plan())
+        self.deltas: dict[str, Any] = {}
+        self.required: dict[str, bool] = {}
+        self.anatomy: Any = None
+        self.shared = nn.Module()
+
+
+def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
+
+
+def thread() -> int:
+    """This thread's number; one for all while a graph is captured, which has no threads."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
+
+
+def insert_at(host: nn.Module, plan: Plan) -> Insert:
+    """The host's insert, made and registered if it has none."""
+    if CHILD not in host._modules:
+        host.add_module(CHILD, Insert(plan))
+    return host._modules[CHILD]  # type: ignore[return-value]
+
+
+def hook_output(host: nn.Module) -> None:
+    _once(host._forward_hooks, _output, lambda: host.register_forward_hook(_output, with_kwargs=True))
+
+
+def hook_input(host: nn.Module) -> None:
+    _once(host._forward_pre_hooks, _input, lambda: host.register_forward_pre_hook(_input))
+
+
+def hook_with(host: nn.Module, function: Any, pre: bool = False) -> None:
+    """Register a primitive's own hook on a host, once; it is called with the keyword arguments as well."""
+    hooks = host._forward_pre_hooks if pre else host._forward_hooks
+    register = host.register_forward_pre_hook if pre else host.register_forward_hook
+    _once(hooks, function, lambda: register(function, with_kwargs=True))
+
+
+def hook_source(source: nn.Module, target: nn.Module, plan: Plan) -> None:
+    """Let the input of `source` reach the slots of `target`, within one forward of their block."""
+    insert, sink = insert_at(source, plan), insert_at(target, plan)
+    if all(fed is not sink for fed in insert.feeds):
+        insert.feeds = (*insert.feeds, sink)
+    _once(source._forward_pre_hooks, _feed, lambda: source.register_forward_pre_hook(_feed))
+
+
+def _once(hooks: dict[int, Any], function: Any, register: Callable[[], object]) -> None:
+    if function not in hooks.values():
+        register()
+
+
+def unhook(host: nn.Module, functions: tuple[Any, ...]) -> None:
+    """Remove our hooks from a host; a copy of the model has its own dictionaries, so by identity."""
+    for hooks, marks in ((host._forward_hooks, ("_forward_hooks_with_kwargs", "_forward_hooks_always_called")),
+                         (host._forward_pre_hooks, ("_forward_pre_hooks_with_kwargs",))):
+        for key in [k for k, f in hooks.items() if f in functions]:
+            del hooks[key]
+            for mark in marks:
+                getattr(host, mark).pop(key, None)
+
+
+def prune(host: nn.Module, functions: tuple[Any, ...]) -> None:
+    """Take our hooks and child off a host where no delta has a slot any more."""
+    insert = host._modules[CHILD]
+    assert isinstance(insert, Insert)
+    insert.feeds = tuple(fed for fed in insert.feeds if fed.slots._modules)
+    if not insert.slots._modules and not insert.feeds:
+        unhook(host, functions)
+        if not isinstance(insert, Root):
+            del host._modules[CHILD]
+
+
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """A module's main input, by position or by name."""
+    return args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _feed(source: nn.Module, args: tuple[Any, ...]) -> None:
+    insert: Insert = source._modules[CHILD]  # type: ignore[assignment]
+    for sink in insert.feeds:
+        if any(name in sink.slots._modules for name in insert.plan.active):
+            sink.stash[thread()] = args[0]
+
+
+def _output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    insert: Insert = host._modules[CHILD]  # type: ignore[assignment]
+    slots = insert.live("output")
+    if not slots:
+        return None
+    fed = insert.stash.pop(thread(), None)
+    y = out[0] if isinstance(out, tuple) else out
+    for slot in slots:
+        x = first(args, kwargs) if slot.site.source is None or fed is None else fed
+        y = slot.run(host, x, y)
+    return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+def _input(host: nn.Module, args: tuple[Any, ...]) -> Any:
+    insert: Insert = host._modules[CHILD]  # type: ignore[assignment]
+    slots = insert.live("input")
+    if not slots:
+        return None
+    y, fed = args[0], insert.stash.get(thread())
+    for slot in slots:
+        y = slot.run(host, y if slot.site.source is None or fed is None else fed, y)
+    if not insert.live("output"):  # nobody else reads it
+        insert.stash.pop(thread(), None)
+    return (y, *args[1:])
+
+
+HOOKS = (_output, _input, _feed)

@@ -1,0 +1,146 @@
+"""KeysValues: extra keys and values inside attention, through transformers' `AttentionInterface`.
+
+    softmax([q p_k^T ; q k^T]) [p_v ; v]
+
+One attention function wraps whichever implementation the model had chosen (sdpa, eager), reads the
+extra keys and values from the attention module's own slots, and pads the mask. It is no cache, so it
+works in training, under gradient checkpointing and in `generate` alike.
+"""
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from slimtune.core.anatomy import Anatomy
+from slimtune.core.init import Params
+from slimtune.core.insert import CHILD, Bound, Insert
+from slimtune.core.method import Builder, Method
+from slimtune.core.sites import Site
+from slimtune.errors import MethodError
+
+PREFIX = "slimtune_"
+WRAPPED = ("sdpa", "eager")
+
+
+class KeysValues(Method):
+    """The primitive of prefix tuning. A subclass states `params` (or `shared`) and `keys_values`."""
+
+    primitive: ClassVar[str] = "tokens"
+    identity: ClassVar[bool] = False
+    sites: tuple[str, ...] = ("attn",)
+
+    def where(self, anatomy: Anatomy) -> list[Site]:
+        return anatomy.select(self.sites, self.blocks, who=f"method {type(self).__name__}")
+
+    def params(self, site: Site) -> Params:
+        """What it trains at one attention."""
+        raise NotImplementedError
+
+    def shared(self, sites: Sequence[Site]) -> Params:
+        """What it trains once for all attentions."""
+        return {}
+
+    def keys_values(self, p: Bound) -> tuple[Tensor, Tensor]:
+        """The extra keys and values. Shapes: each (..., length, heads * head_dim)."""
+        raise NotImplementedError
+
+    def install(self, build: Builder) -> None:
+        for site in self.where(build.anatomy):
+            assert site.attention is not None
+            module = build.module(site.attention)
+            _check(self, module, site)
+            build.slot(self, replace(site, path=site.attention), "kv", self.params(site))
+            wrap(module)
+
+
+def _check(method: Method, module: nn.Module, site: Site) -> None:
+    name = type(method).__name__
+    modeling = sys.modules[type(module).__module__]
+    if not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise MethodError(f"{name} cannot go on {type(module).__name__} ({site.name}): this family computes its "
+                          "attention itself and does not go through transformers' AttentionInterface.",
+                          "Use prompt tuning, or a method that adds to a module's output.")
+    chosen = (module.config._attn_implementation or "eager").removeprefix(PREFIX)
+    if chosen not in WRAPPED:
+        raise MethodError(f"{name} cannot wrap the attention implementation '{chosen}'.", f"It wraps: {' '.join(WRAPPED)}",
+                          "Load the model with attn_implementation='sdpa'.")
+
+
+def wrap(module: nn.Module) -> None:
+    """Send a module's attention, and its masks, through ours; the model's choice stays readable in the name."""
+    config: Any = module.config
+    chosen = config._attn_implementation or "eager"
+    if not chosen.startswith(PREFIX):
+        register(chosen)
+        config._attn_implementation_internal = PREFIX + chosen
+
+
+def unwrap(config: Any) -> None:
+    """Give a config the implementation it had."""
+    chosen = getattr(config, "_attn_implementation", None) or ""
+    if chosen.startswith(PREFIX):
+        config._attn_implementation_internal = chosen.removeprefix(PREFIX)
+
+
+def register(chosen: str) -> None:
+    """Make the wrapper of one implementation known to transformers, with that implementation's masks."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(PREFIX + chosen, attend)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(PREFIX + chosen, ALL_MASK_ATTENTION_FUNCTIONS[chosen])
+
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+           **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Attention with the module's extra keys and values in front.
+
+    Shapes: query (B, H, T, c); key and value (B, K, S, c); attention_mask (B or 1, 1 or H, T, S) or None.
+    """
+    insert: Insert | None = module._modules.get(CHILD)  # type: ignore[assignment]
+    for slot in insert.live("kv") if insert is not None else ():
+        extra = slot.method.keys_values(slot.bind(key))
+        k, v = (_heads(t, slot.site, key) for t in extra)
+        attention_mask = _mask(module, query, key, attention_mask, k.shape[2], kwargs)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = pad(kwargs["position_bias"], (k.shape[2], 0))
+        key, value = torch.cat([k, key], 2), torch.cat([v, value], 2)
+    return _original(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _original(module: nn.Module) -> Any:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    chosen = module.config._attn_implementation.removeprefix(PREFIX)  # type: ignore[union-attr]
+    if chosen == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[chosen]
+
+
+def _heads(t: Tensor, site: Site, key: Tensor) -> Tensor:
+    """(..., l, heads * c) -> (B, heads, l, c). Windows of one image repeat its keys."""
+    t = t.unflatten(-1, (site.heads, site.head_dim)).transpose(-3, -2).to(key.dtype)
+    if t.dim() == 3:
+        return t.expand(key.shape[0], -1, -1, -1)
+    return t.repeat_interleave(key.shape[0] // t.shape[0], 0)
+
+
+def _mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, length: int,
+          kwargs: dict[str, Any]) -> Tensor | None:
+    """The mask with `length` open columns in front; a causal pattern left to the kernel is written out."""
+    if mask is not None:
+        return pad(mask, (length, 0), value=True if mask.dtype == torch.bool else 0.0)
+    given = kwargs.get("is_causal")
+    causal = given if given is not None else getattr(module, "is_causal", True)
+    rows, columns = query.shape[2], key.shape[2]
+    if not causal or rows == 1:
+        return None
+    open_ = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    if module.config._attn_implementation == PREFIX + "eager":  # type: ignore[union-attr]
+        zero = torch.zeros((), dtype=query.dtype, device=query.device)
+        return pad(zero.masked_fill(~open_, torch.finfo(query.dtype).min), (length, 0))[None, None]
+    return pad(open_, (length, 0), value=True)[None, None]

@@ -1,0 +1,74 @@
+"""prepare: from a DataSpec and a tokenizer to examples and their collator, for every task."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slimtune.data import language_modeling, text_classification, token_classification
+from slimtune.data.examples import Collate, Examples, Prepared, make_ready
+from slimtune.data.spec import DataSpec
+from slimtune.data.splits import read_splits
+from slimtune.data.tables import Table
+from slimtune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one task reads tables."""
+
+    encode: Callable[..., Examples]
+    label_names: Callable[[DataSpec, Table], tuple[str, ...]]
+    collator: Callable[..., Collate]
+    problem: str
+
+
+_TEXT, _WORDS, _LANGUAGE = text_classification, token_classification, language_modeling
+FAMILIES = {
+    "classification": Family(_TEXT.encode, _TEXT.label_names, _TEXT.collator, "single_label_classification"),
+    "regression": Family(_TEXT.encode, _TEXT.label_names, _TEXT.collator, "regression"),
+    "token_classification": Family(_WORDS.encode, _WORDS.label_names, _WORDS.collator, "token_classification"),
+    "causal_lm": Family(_LANGUAGE.encode_causal, _LANGUAGE.label_names, _LANGUAGE.collator, "causal_lm"),
+    "seq2seq": Family(_LANGUAGE.encode_seq2seq, _LANGUAGE.label_names, _LANGUAGE.collator, "seq2seq"),
+}
+
+
+def prepare(spec: DataSpec, tokenizer: "Tokenizer") -> Prepared:
+    """Read, check, split and tokenise the data of a run, once.
+
+    The same spec and tokenizer give the same examples in the same order in any process. The tokenizer
+    is made to pad on the right, with its end token if it has no padding token.
+    Errors: DataError, ExtraError.
+
+    Example:
+        >>> data = prepare(DataSpec(task="classification", dataset="drugreview"), tokenizer)  # doctest: +SKIP
+        >>> data.label_names, len(data.train), len(data.validation), len(data.test)           # doctest: +SKIP
+        (('negative', 'neutral', 'positive'), 540, 60, 379)
+    """
+    family = FAMILIES[spec.task]
+    make_ready(tokenizer, spec)
+    splits = read_splits(spec)
+    names = _names(spec, family, splits.whole)
+    train, validation, test = (None if table is None else family.encode(table, spec, tokenizer, names, labelled=True)
+                               for table in (splits.train, splits.validation, splits.test))
+    return Prepared(spec.task, train, validation, test, names, 1 if spec.task == "regression" else len(names),
+                    family.problem, family.collator(tokenizer))
+
+
+def prepare_unlabelled(spec: DataSpec, tokenizer: "Tokenizer", table: Table) -> Examples:
+    """Examples to predict on: the text columns of a table, whether or not it has labels."""
+    make_ready(tokenizer, spec)
+    return FAMILIES[spec.task].encode(table, spec, tokenizer, (), labelled=False)
+
+
+def _names(spec: DataSpec, family: Family, train: Table | None) -> tuple[str, ...]:
+    """The label names: given, or those of the whole training table."""
+    if spec.labels is not None and spec.task in ("classification", "token_classification"):
+        return spec.labels
+    if train is not None:
+        return family.label_names(spec, train)
+    if spec.task in ("classification", "token_classification"):
+        raise DataError("data.labels: without training data the label names must be given.",
+                        "A saved delta knows them; by hand: data.labels=[negative,positive].")
+    return ()

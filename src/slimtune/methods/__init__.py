@@ -1,0 +1,57 @@
+"""One file, one published method. The registry scans this folder; see docs/methods.md for the table."""
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+from slimtune.core.method import Method, find, from_config, key_of, register, registered, to_config
+
+for _module in iter_modules(__path__):
+    for _value in vars(import_module(f"{__name__}.{_module.name}")).values():
+        if isinstance(_value, type) and issubclass(_value, Method) and _value.__module__ == f"{__name__}.{_module.name}":
+            register(_value)
+
+
+def names() -> list[str]:
+    """Every method's name, sorted.
+
+    Example:
+        >>> "lora" in names()
+        True
+    """
+    return list(registered())
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method by name. Errors: MethodError for an unknown one; it lists those that exist.
+
+    Example:
+        >>> get("lora")(rank=4).rank
+        4
+    """
+    return find(name)
+
+
+if TYPE_CHECKING:
+    from slimtune.methods.bitfit import BitFit
+    from slimtune.methods.full import Full
+    from slimtune.methods.houlsby import Houlsby
+    from slimtune.methods.ia3 import IA3
+    from slimtune.methods.linear_probe import LinearProbe
+    from slimtune.methods.lora import LoRA
+    from slimtune.methods.lst import LST
+    from slimtune.methods.norm_tuning import NormTuning
+    from slimtune.methods.parallel_adapter import ParallelAdapter
+    from slimtune.methods.pfeiffer import Pfeiffer
+    from slimtune.methods.prefix_tuning import PrefixTuning
+    from slimtune.methods.prompt_tuning import PromptTuning
+    from slimtune.methods.scaled_parallel_adapter import ScaledParallelAdapter
+else:
+    def __getattr__(name: str) -> Any:
+        for cls in registered().values():
+            if cls.__name__ == name:
+                return cls
+        raise AttributeError(f"slimtune.methods has no {name}; it has: {' '.join(c.__name__ for c in registered().values())}")
+
+__all__ = ["BitFit", "Full", "Houlsby", "IA3", "LST", "LinearProbe", "LoRA", "Method", "NormTuning", "ParallelAdapter",
+           "Pfeiffer", "PrefixTuning", "PromptTuning", "ScaledParallelAdapter", "from_config", "get", "key_of", "names",
+           "register", "to_config"]
