@@ -131,7 +131,7 @@ class _LowRankAdd(Function):
         inner = _gradients_with_graph if torch.is_grad_enabled() else _gradients  # create_graph enables it
         dx, dA, dB = inner(ctx, dy.reshape(*lead, b.shape[-2]), x, a, b, h, keep)
         return (dy if ctx.needs_input_grad[0] else None,
-                None if dx is None else dx.reshape(ctx.x_shape).to(ctx.x_dtype),
+                dx if dx is None or dx.dtype is ctx.x_dtype else dx.to(ctx.x_dtype),
                 None if dA is None else dA.sum_to_size(A.shape).to(A.dtype),
                 None if dB is None else dB.sum_to_size(B.shape).to(B.dtype), None, None, None)
 
@@ -144,15 +144,20 @@ def _gradients(ctx: Any, g: Tensor, x: Tensor | None, a: Tensor, b: Tensor, h: T
     if not (needs_x or needs_a):
         return None, None, dB
     dh = (g @ b.mT.contiguous().mT).mul_(ctx.scale)
+    # Not a view: autograd adds the other gradients of x into it in place only if it owns its storage.
+    dx = dh.new_empty(ctx.x_shape) if needs_x else None
+    rows = None if dx is None else dx.view(*dh.shape[:-1], a.shape[-1])
     if keep is None:
-        return dh @ a if needs_x else None, None if x is None else dh.mT @ x.to(g.dtype), dB
-    dx = dh.new_empty(*dh.shape[:-1], a.shape[-1]) if needs_x else None
-    dA = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device) if needs_a else None
+        if rows is not None:
+            torch.matmul(dh, a, out=rows)
+        return dx, None if x is None else dh.mT @ x.to(g.dtype), dB
+    wide = torch.promote_types(a.dtype, torch.float32)
+    dA = torch.zeros(a.shape, dtype=wide, device=a.device) if needs_a else None
     for part, cells in keep.blocks(dh.shape[:-1], g.dtype):
         if dA is not None and x is not None:
             _pick(dA, part).add_(dh[part].mT @ drop(x[part].to(g.dtype), cells))
-        if dx is not None:
-            drop_(torch.matmul(dh[part], _pick(a, part), out=dx[part]), cells)
+        if rows is not None:
+            drop_(torch.matmul(dh[part], _pick(a, part), out=rows[part]), cells)
     return dx, dA, dB
 
 
@@ -162,9 +167,9 @@ def _gradients_with_graph(ctx: Any, g: Tensor, x: Tensor | None, a: Tensor, b: T
     _, needs_x, needs_a, needs_b = ctx.needs_input_grad[:4]
     mask = None if keep is None else keep.mask((*g.shape[:-1], a.shape[-1]), g.dtype)
     dh = (g @ b) * ctx.scale
-    dx = dh @ a if needs_x else None
+    dx = (dh @ a).reshape(ctx.x_shape) if needs_x else None
     if dx is not None and mask is not None:
-        dx = dx * mask
+        dx = dx * mask.view(dx.shape)
     if x is None:
         if needs_b:
             raise RuntimeError("low_rank_add: a double backward through B needs x, which is not saved "

@@ -13,7 +13,8 @@ def column(table: Table, name: str, key: str) -> list[Any]:
     Errors: DataError when there is no such column, or a row has no value in it.
     """
     if name not in table.columns:
-        raise DataError(f"{table.name}: no column '{name}' (data.{key}).", f"It has: {listing(table.columns)}",
+        raise DataError(f"{table.name}: no column '{name}' (data.{key}).",
+                        f"It has: {listing(table.columns)}",
                         suggest(name, table.columns) or f"Set data.{key} to one of these.")
     values = table.columns[name]
     for row, value in enumerate(values):
@@ -33,11 +34,12 @@ def texts(table: Table, name: str, key: str, allow_empty: bool = False) -> list[
 
 def _check_text(value: Any, place: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"{place}: {value!r} is not text.", "Set the column that holds the texts, or quote the values.")
+        raise DataError(f"{place}: {value!r} is not text.",
+                        "Set the column that holds the texts, or quote the values.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: character {error.start} is half of a surrogate pair, not a character.") from None
+        raise DataError(f"{place}: character {error.start} is half of a surrogate pair.") from None
 
 
 def _refuse_empty(table: Table, name: str, empty: list[int], allowed: bool) -> None:
@@ -120,7 +122,8 @@ def order_of(labels: set[str]) -> tuple[str, ...]:
         return tuple(sorted(labels))
 
 
-def index_labels(table: Table, row: int, labels: Sequence[str], known: dict[str, int], whose: str) -> list[int]:
+def index_labels(table: Table, row: int, labels: Sequence[str], known: dict[str, int],
+                 whose: str) -> list[int]:
     """The indices of a row's labels. Errors: DataError naming the row and the label that is not known."""
     for label in labels:
         if label not in known:

@@ -29,7 +29,8 @@ def read_delimited(name: str, text: str, spec: DataSpec) -> Rows:
     names = list(first[1] if first else spec.columns or ())
     repeated = {column for column in names if column and names.count(column) > 1}
     if repeated:
-        raise DataError(f"{name}: columns named twice: {listing(sorted(repeated))}", f"Its header: {listing(names)}")
+        raise DataError(f"{name}: columns named twice: {listing(sorted(repeated))}",
+                        f"Its header: {listing(names)}")
     rows, lines = [], []
     for line, row in numbered:
         if len(row) != len(names):
@@ -73,9 +74,11 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _ragged(name: str, line: int, row: list[str], names: list[str], quoting: bool, delimiter: str) -> DataError:
+def _ragged(name: str, line: int, row: list[str], names: list[str], quoting: bool,
+            delimiter: str) -> DataError:
     advice = f"A field that holds {delimiter!r} must stand in double quotes."
     if not quoting:
         advice = "If double quotes enclose fields here, set data.quoting=true."
     return DataError(f"{name}, line {line}: {len(row)} fields, but there are {len(names)} columns.",
-                     f"Its columns: {listing(names)}", f"The row begins: {delimiter.join(row)[:60]!r}", advice)
+                     f"Its columns: {listing(names)}", f"The row begins: {delimiter.join(row)[:60]!r}",
+                     advice)

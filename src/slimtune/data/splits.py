@@ -61,7 +61,7 @@ def hold_out(size: int, fraction: float, seed: int,
         groups.setdefault(classes[row] if classes is not None else None, []).append(row)
     wanted = max(round(size * fraction), 1) if fraction > 0 and size > 1 else 0
     quota = {name: min(int(len(rows) * fraction), len(rows) - 1) for name, rows in groups.items()}
-    by_remainder = sorted(groups, key=lambda name: -(len(groups[name]) * fraction % 1))  # stable: first seen first
+    by_remainder = sorted(groups, key=lambda name: -(len(groups[name]) * fraction % 1))  # equal: first seen
     for name in by_remainder:
         if sum(quota.values()) < wanted and quota[name] < len(groups[name]) - 1:
             quota[name] += 1
@@ -72,7 +72,7 @@ def hold_out(size: int, fraction: float, seed: int,
 
 
 def _rng(seed: int, purpose: str) -> random.Random:
-    """Seeded by text, which Python hashes with SHA-512: the same in any process, whatever PYTHONHASHSEED is."""
+    """Seeded by text, which `random` hashes with SHA-512: the same in any process."""
     return random.Random(f"slimtune/{purpose}/{seed}")
 
 

@@ -52,8 +52,8 @@ def read_table(path: str, spec: DataSpec) -> Table:
         raise _missing(file)
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
-        raise DataError(f"{path}: files of kind '{file.suffix}' cannot be read.", f"It reads: {listing(_READERS)}",
-                        suggest(file.suffix, _READERS))
+        raise DataError(f"{path}: files of kind '{file.suffix}' cannot be read.",
+                        f"It reads: {listing(_READERS)}", suggest(file.suffix, _READERS))
     table = reader(file, spec)
     if not len(table):
         raise DataError(f"{path}: the file has no rows.", f"Its columns: {listing(table.columns) or 'none'}")
@@ -71,7 +71,8 @@ def _missing(file: Path) -> DataError:
                          "Paths are taken from the folder the command is run in.")
     names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _READERS)
     near = get_close_matches(file.name, names, n=3, cutoff=0.5)
-    return DataError(f"{file}: no such file.", f"The folder has: {listing(names, 12) or 'no file that can be read'}",
+    return DataError(f"{file}: no such file.",
+                     f"The folder has: {listing(names, 12) or 'no file that can be read'}",
                      f"Nearest: {listing(near)}" if near else "")
 
 
@@ -85,11 +86,12 @@ def read_text(file: Path, encoding: str) -> str:
         return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}, line {line}: byte {error.start} (0x{data[error.start]:02x}) is not {encoding}.",
-                        "Save the file as UTF-8, or name its encoding: data.encoding=latin-1, cp1252, utf-16 ..."
-                        ) from None
+        raise DataError(
+            f"{file}, line {line}: byte {error.start} (0x{data[error.start]:02x}) is not {encoding}.",
+            "Save it as UTF-8, or name its encoding: data.encoding=latin-1, cp1252, utf-16 ...") from None
     except LookupError:
-        raise DataError(f"data.encoding: no such encoding '{encoding}'.", "Usual ones: utf-8 latin-1 cp1252") from None
+        raise DataError(f"data.encoding: no such encoding '{encoding}'.",
+                        "Usual ones: utf-8 latin-1 cp1252") from None
 
 
 def _delimited(file: Path, spec: DataSpec) -> Table:
@@ -126,8 +128,8 @@ def _load_json(text: str, place: str) -> Any:
 
 
 def _json_lines(file: Path, spec: DataSpec) -> Table:
-    lines = [(i, line) for i, line in enumerate(read_text(file, spec.encoding).split("\n"), 1) if line.strip()]
-    rows = [(i, _load_json(line, f"{file}, line {i}")) for i, line in lines]
+    lines = enumerate(read_text(file, spec.encoding).split("\n"), 1)
+    rows = [(i, _load_json(line, f"{file}, line {i}")) for i, line in lines if line.strip()]
     return _from_objects(str(file), rows, "line")
 
 
@@ -143,15 +145,16 @@ def _json(file: Path, spec: DataSpec) -> Table:
         raise DataError(f"{file}: its columns differ in length: "
                         f"{listing(f'{name}={size}' for name, size in sizes.items())}")
     raise DataError(f"{file}: holds {_kind(tree)}; a table is expected.",
-                    'A table is a list of objects, [{"text": ..., "label": ...}, ...], or one object of columns.',
-                    "One object a line is the .jsonl format.")
+                    'A table is a list of objects, [{"text": ..., "label": ...}, ...], or one object',
+                    "of columns. One object a line is the .jsonl format.")
 
 
 def _from_objects(name: str, rows: list[tuple[int, Any]], unit: str) -> Table:
     """A key that an object lacks becomes None, which whoever needs the column refuses."""
     for number, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{name}, {unit} {number}: holds {_kind(row)}; an object with a key a column is expected.")
+            raise DataError(f"{name}, {unit} {number}: holds {_kind(row)}; an object is expected, "
+                            "with a key for each column.")
     keys = dict.fromkeys(key for _, row in rows for key in row)
     return Table(name, {key: [row.get(key) for _, row in rows] for key in keys}, [n for n, _ in rows], unit)
 

@@ -21,16 +21,15 @@ class Family:
     encode: Callable[..., Examples]
     label_names: Callable[[DataSpec, Table], tuple[str, ...]]
     collator: Callable[..., Collate]
-    problem: str
 
 
 _TEXT, _WORDS, _LANGUAGE = text_classification, token_classification, language_modeling
 FAMILIES = {
-    "classification": Family(_TEXT.encode, _TEXT.label_names, _TEXT.collator, "single_label_classification"),
-    "regression": Family(_TEXT.encode, _TEXT.label_names, _TEXT.collator, "regression"),
-    "token_classification": Family(_WORDS.encode, _WORDS.label_names, _WORDS.collator, "token_classification"),
-    "causal_lm": Family(_LANGUAGE.encode_causal, _LANGUAGE.label_names, _LANGUAGE.collator, "causal_lm"),
-    "seq2seq": Family(_LANGUAGE.encode_seq2seq, _LANGUAGE.label_names, _LANGUAGE.collator, "seq2seq"),
+    "classification": Family(_TEXT.encode, _TEXT.label_names, _TEXT.collator),
+    "regression": Family(_TEXT.encode, _TEXT.label_names, _TEXT.collator),
+    "token_classification": Family(_WORDS.encode, _WORDS.label_names, _WORDS.collator),
+    "causal_lm": Family(_LANGUAGE.encode_causal, _LANGUAGE.label_names, _LANGUAGE.collator),
+    "seq2seq": Family(_LANGUAGE.encode_seq2seq, _LANGUAGE.label_names, _LANGUAGE.collator),
 }
 
 
@@ -50,10 +49,12 @@ def prepare(spec: DataSpec, tokenizer: "Tokenizer") -> Prepared:
     make_ready(tokenizer, spec)
     splits = read_splits(spec)
     names = _names(spec, family, splits.whole)
-    train, validation, test = (None if table is None else family.encode(table, spec, tokenizer, names, labelled=True)
-                               for table in (splits.train, splits.validation, splits.test))
+    train, validation, test = (
+        None if table is None else family.encode(table, spec, tokenizer, names, labelled=True)
+        for table in (splits.train, splits.validation, splits.test))
+    problem = "single_label_classification" if spec.task == "classification" else spec.task
     return Prepared(spec.task, train, validation, test, names, 1 if spec.task == "regression" else len(names),
-                    family.problem, family.collator(tokenizer))
+                    problem, family.collator(tokenizer))
 
 
 def prepare_unlabelled(spec: DataSpec, tokenizer: "Tokenizer", table: Table) -> Examples:

@@ -17,12 +17,13 @@ def label_names(spec: DataSpec, train: Table) -> tuple[str, ...]:
         return ()
     names = order_of(set(label_column(train, spec.label)))
     if len(names) < 2:
-        raise DataError(f"{train.name}: every row has the label '{names[0]}' (column '{spec.label}'); "
+        raise DataError(f"{train.name}: every row has the label '{''.join(names)}' (column '{spec.label}'); "
                         "there is nothing to tell apart.", "Is data.label the right column?")
     return names
 
 
-def encode(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: tuple[str, ...], labelled: bool) -> Examples:
+def encode(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: tuple[str, ...],
+           labelled: bool) -> Examples:
     """Rows of input_ids ... and labels: a class index, or a float for regression."""
     first = texts(table, spec.text, "text", spec.allow_empty)
     second = texts(table, spec.pair, "pair", spec.allow_empty) if spec.pair else None

@@ -15,12 +15,13 @@ def label_names(spec: DataSpec, train: Table) -> tuple[str, ...]:
     """Names of the tags in the order of the outputs."""
     names = order_of({tag for tags in tag_column(train, spec.label) for tag in tags})
     if len(names) < 2:
-        raise DataError(f"{train.name}: column '{spec.label}' holds fewer than two tags: {', '.join(names) or 'none'}.",
-                        "Is data.label the right column?")
+        raise DataError(f"{train.name}: column '{spec.label}' holds fewer than two tags: "
+                        f"{', '.join(names) or 'none'}.", "Is data.label the right column?")
     return names
 
 
-def encode(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: tuple[str, ...], labelled: bool) -> Examples:
+def encode(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: tuple[str, ...],
+           labelled: bool) -> Examples:
     """Rows of input_ids ... and labels: a tag index on the first token of each word, else -100.
 
     Errors: DataError for rows with more or fewer tags than words, and for tokenizers that keep no words.
@@ -39,7 +40,8 @@ def encode(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: tuple[st
             rows[i]["labels"] = align(encoding.word_ids(i), ids)
             lost += len(ids) - sum(label != IGNORED for label in rows[i]["labels"])
         if lost:
-            log.info("%s: %d tags are not scored: their words were cut off or have no token", table.name, lost)
+            log.info("%s: %d tags are not scored: their words were cut off or have no token",
+                     table.name, lost)
     return finished(table.name, rows, count_cut(encoding), spec.max_length)
 
 

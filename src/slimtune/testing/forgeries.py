@@ -17,8 +17,9 @@ from slimtune.testing.tamper import edit_manifest, edit_tensors, header_of, pick
 Edit = Callable[[Path], Any]
 Text = Callable[[bytes], bytes]
 _MB17 = b" " * (17 * 2**20)
-_PATHS = ("../delta.outside", "/etc/hostname", "sub/delta.safetensors", "..", ".", "", "./delta.safetensors",
-          "delta.json", "C:\\delta", "..\\delta", "delta.safetensors\0", "~/delta", "a\nb", "x" * 5000, "\ud800")
+_PATHS = ("../delta.outside", "/etc/hostname", "sub/delta.safetensors", "..", ".", "", "delta.json",
+          "./delta.safetensors", "C:\\delta", "..\\delta", "delta.safetensors\0", "~/delta", "a\nb",
+          "x" * 5000, "\ud800")
 _SIZES = (("size", "1"), ("size", -1), ("size", True), ("size", 2**70), ("size", 1.5), ("sha256", None),
           ("sha256", "0" * 64), ("sha256", ""))
 _JSON: dict[str, Text] = {
@@ -73,10 +74,21 @@ _TENSOR: dict[str, Callable[[dict[str, Tensor], str], Any]] = {
     "renamed": lambda tensors, key: tensors.update({key + "x": tensors.pop(key)}),
     "missing": lambda tensors, key: tensors.pop(key),
     "added": lambda tensors, key: tensors.update({key + ".extra": torch.ones(3)}),
-    "with a row more": lambda tensors, key: tensors.update({key: torch.cat([tensors[key], tensors[key][:1]])}),
+    "twice as long": lambda tensors, key: tensors.update({key: torch.cat([tensors[key]] * 2)}),
     "reshaped": lambda tensors, key: tensors.update({key: tensors[key].reshape(1, -1, 1)}),
-    "of integers": lambda tensors, key: tensors.update({key: torch.ones_like(tensors[key], dtype=torch.int64)}),
+    "of integers": lambda tensors, key: tensors.update({key: tensors[key].to(torch.int64)}),
     "complex": lambda tensors, key: tensors.update({key: tensors[key].to(torch.complex64)}),
+}
+_STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "other base": lambda manifest: _other_base(manifest),
+    "no base": lambda manifest: manifest.pop("base"),
+    "base null": lambda manifest: manifest.update(base=None),
+    "unknown field of the method": lambda manifest: manifest["methods"][0].update(no_such_field=1),
+    "unknown method": lambda manifest: manifest["methods"][0].update(name="no-such-method"),
+    "method without a name": lambda manifest: manifest["methods"][0].pop("name"),
+    "a method too many": lambda manifest: manifest["methods"].append(manifest["methods"][0]),
+    "no methods": lambda manifest: manifest.update(methods=[]),
+    "methods missing": lambda manifest: manifest.pop("methods"),
 }
 
 
@@ -111,11 +123,11 @@ def headers() -> Iterator[tuple[str, Edit]]:
     yield "bytes missing from the tensors", functools.partial(_edit_data, lambda data: data[:-1])
     for protocol in (0, 2, 4):
         yield f"signed pickle {protocol}", functools.partial(_signed_pickle, protocol)
-    yield "signed zip of pickles", lambda folder: (tamper.zipped(folder, folder / TENSORS), resign(folder))
+    yield "signed zip of pickles", _signed_zip
 
 
 def tensors() -> Iterator[tuple[str, Edit]]:
-    """Other tensors than the table of tensors tells, and values that are not finite; file hashes are right."""
+    """Other tensors than their table tells, and values that are not finite; the file's hash is right."""
     for part in (0.0, 0.5, 0.99):
         for name, change in _TENSOR.items():
             yield f"tensor {part} {name}", functools.partial(_forge, change, part, False)
@@ -127,13 +139,12 @@ def tensors() -> Iterator[tuple[str, Edit]]:
 
 def strangers() -> Iterator[tuple[str, Edit]]:
     """Well-formed, rightly hashed files that are not what this method would have saved on this backbone."""
-    for name in ("renamed", "missing", "with a row more", "reshaped", "of integers", "added"):
+    for name in ("renamed", "missing", "twice as long", "reshaped", "of integers", "added"):
         for part in (0.0, 0.5, 0.99):
             yield f"signed: tensor {part} {name}", functools.partial(_forge, _TENSOR[name], part, True)
     yield "signed: no tensors", functools.partial(_forge, lambda tensors, key: tensors.clear(), 0.0, True)
-    yield "signed: other backbone", functools.partial(edit_manifest, change=_other_backbone)
-    yield "signed: unknown field of the method", functools.partial(edit_manifest, change=_unknown_field)
-    yield "signed: unknown method", functools.partial(edit_manifest, change=_unknown_method)
+    for name, change in _STRANGE.items():
+        yield f"signed: {name}", functools.partial(edit_manifest, change=change)
 
 
 def _set(key: str, value: Any, folder: Path) -> None:
@@ -181,7 +192,8 @@ def _claim(length: int, folder: Path) -> None:
 
 def _edit_header(change: Callable[[dict[str, Any], str], Any], folder: Path) -> None:
     header, data = header_of(folder)
-    change(header, max(key for key, entry in header.items() if key != "__metadata__" and 0 not in entry["shape"]))
+    names = [key for key, entry in header.items() if key != "__metadata__" and 0 not in entry["shape"]]
+    change(header, max(names))
     put_header(folder, header, data)
     resign(folder)
 
@@ -208,6 +220,11 @@ def _signed_pickle(protocol: int, folder: Path) -> None:
     resign(folder)
 
 
+def _signed_zip(folder: Path) -> None:
+    tamper.zipped(folder, folder / TENSORS)
+    resign(folder)
+
+
 def _forge(change: Callable[[dict[str, Tensor], str], Any], part: float, table: bool, folder: Path) -> None:
     edit_tensors(folder, lambda tensors: change(tensors, pick(tensors, part)))
     resign(folder, table=table)
@@ -218,36 +235,6 @@ def _poison(value: str, place: int, tensors: dict[str, Tensor], key: str) -> Non
     tensors[key].view(-1)[place] = float(value)
 
 
-def _other_backbone(manifest: dict[str, Any]) -> None:
-    tamper.change_leaf(manifest, _first(manifest, lambda path: any("fingerprint" in str(key) for key in path),
-                                        "a key with 'fingerprint' in its name"))
-
-
-def _unknown_field(manifest: dict[str, Any]) -> None:
-    path = max((path for path in tamper.leaves(manifest) if _of_method(path)), key=len, default=None)
-    if path is None:
-        raise LookupError(f"{MANIFEST} has no config under a key that begins with 'method'.")
-    place: Any = manifest
-    for key in path:
-        if isinstance(place[key], list) or not isinstance(place[key], dict):
-            break
-        place = place[key]
-    place["no_such_field"] = 1
-
-
-def _unknown_method(manifest: dict[str, Any]) -> None:
-    names = ("name", "method", "class", "type", "kind")
-    path = _first(manifest, lambda path: _of_method(path) and path[-1] in names, f"a method's {' or '.join(names)}")
-    tamper.change_leaf(manifest, path)
-
-
-def _of_method(path: tuple[str | int, ...]) -> bool:
-    return any(str(key).startswith("method") for key in path)
-
-
-def _first(manifest: dict[str, Any], wanted: Callable[[tuple[str | int, ...]], bool],
-           what: str) -> tuple[str | int, ...]:
-    path = next((path for path in tamper.leaves(manifest) if path[0] != "tensors" and wanted(path)), None)
-    if path is None:
-        raise LookupError(f"{MANIFEST} has no {what}, which this fault changes.")
-    return path
+def _other_base(manifest: dict[str, Any]) -> None:
+    for path in tuple(tamper.leaves(manifest["base"])):
+        tamper.change_leaf(manifest["base"], path)

@@ -55,8 +55,9 @@ def resign(folder: Path, *, table: bool = False) -> None:
         told.update(size=len(data), sha256=hashlib.sha256(data).hexdigest())
     if table:
         tensors = load((folder / TENSORS).read_bytes())
-        manifest["tensors"] = {key: {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
-                               for key, value in tensors.items()}
+        manifest["tensors"] = {
+            key: {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+            for key, value in tensors.items()}
     put_manifest(folder, manifest)
 
 
