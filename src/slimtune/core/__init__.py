@@ -18,9 +18,10 @@ from slimtune.core.tokens import Prompt
 from slimtune.core.unfreeze import Unfreeze, base_parameters
 
 __all__ = [
-    "ACTIVATIONS", "FAMILIES", "Activation", "Add", "Anatomy", "Bound", "Builder", "Count", "Delta", "Init", "InitName",
-    "KeysValues", "Masks", "Method", "Params", "Prompt", "Side", "Site", "Slot", "Tower", "TowerSpec", "Unfreeze", "activate",
-    "affine", "attach", "base_parameters", "bottleneck", "bottleneck_params", "deltas", "dissect", "find",
-    "from_config", "kaiming", "key_of", "load_delta", "low_rank_add", "normal", "ones", "register", "registered", "to_config",
-    "truncated_normal", "uniform", "zeros",
+    "ACTIVATIONS", "FAMILIES", "Activation", "Add", "Anatomy", "Bound", "Builder", "Count", "Delta", "Init",
+    "InitName", "KeysValues", "Masks", "Method", "Params", "Prompt", "Side", "Site", "Slot", "Tower",
+    "TowerSpec", "Unfreeze", "activate", "affine", "attach", "base_parameters", "bottleneck",
+    "bottleneck_params", "deltas", "dissect", "find", "from_config", "kaiming", "key_of", "load_delta",
+    "low_rank_add", "normal", "ones", "register", "registered", "to_config", "truncated_normal", "uniform",
+    "zeros",
 ]

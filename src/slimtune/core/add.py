@@ -6,7 +6,7 @@ from torch import Tensor
 
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.init import Params
-from slimtune.core.insert import Bound, hook_input, hook_output, hook_source
+from slimtune.core.insert import Bound, hook_input, hook_output
 from slimtune.core.method import Builder, Method
 from slimtune.core.sites import Site
 from slimtune.errors import MethodError
@@ -61,4 +61,4 @@ class Add(Method):
             build.slot(self, site, site.at, self.params(site))
             (hook_input if site.at == "input" else hook_output)(host)
             if site.source is not None:
-                hook_source(build.module(site.source), host, build.plan)
+                build.feed(site)

@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from slimtune.core.families import FAMILIES, PRETRAINED_HEADS, TowerSpec
+from slimtune.core.families import FAMILIES, PRETRAINED_HEADS, TASK_HEADS, TowerSpec
 from slimtune.core.guess import guess
 from slimtune.core.sites import Site, join, lookup, tower_sites
 from slimtune.errors import AnatomyError, SiteError, listing, suggest
@@ -56,7 +57,8 @@ class Anatomy:
     def tower(self, name: str) -> Tower:
         return next(t for t in self.towers if t.name == name)
 
-    def select(self, patterns: Iterable[str], blocks: Sequence[int] | None = None, who: str = "this call") -> list[Site]:
+    def select(self, patterns: Iterable[str], blocks: Sequence[int] | None = None,
+               who: str = "this call") -> list[Site]:
         """The sites that match the patterns, in the order of the model.
 
         A pattern is a role (`attn.q`), with `self.` or `cross.`, a tower (`vision.attn.q`) or block before
@@ -65,11 +67,13 @@ class Anatomy:
         """
         chosen: dict[str, Site] = {}
         for pattern in patterns:
-            found = [s for s in self.sites if any(fnmatchcase(label, pattern) for label in s.labels)]
+            found = self._index.get(pattern) or [
+                s for s in self.sites if any(fnmatchcase(label, pattern) for label in s.labels)]
             if not found:
                 raise SiteError(f"{who} asked for site '{pattern}', which {self.model_type} does not have.",
                                 f"It has: {listing(self.roles)}",
-                                f"{suggest(pattern, self.roles)} Set method.sites, or see `slimtune inspect MODEL`.".strip())
+                                f"{suggest(pattern, self.roles)} Set method.sites, or see "
+                                "`slimtune inspect MODEL`.".strip())
             chosen |= {s.name: s for s in found}
         kept = [s for s in self.sites if s.name in chosen and self._in(s, blocks)]
         if chosen and not kept:
@@ -77,6 +81,14 @@ class Anatomy:
                             "It has: " + ", ".join(f"{t.name} 0 to {len(t.blocks) - 1}" for t in self.towers),
                             "Set method.blocks.")
         return kept
+
+    @cached_property
+    def _index(self) -> dict[str, list[Site]]:
+        index: dict[str, list[Site]] = {}
+        for site in self.sites:
+            for label in site.labels:
+                index.setdefault(label, []).append(site)
+        return index
 
     def _in(self, site: Site, blocks: Sequence[int] | None) -> bool:
         if blocks is None or site.block is None:
@@ -149,8 +161,7 @@ def _has(base: nn.Module, spec: TowerSpec) -> bool:
 
 def _heads(model: nn.Module, base: str) -> tuple[str, ...]:
     if not base:  # the model is its own base: what follows its towers is pretrained
-        names = [n for n, _ in model.named_children() if n in ("classifier", "score", "qa_outputs", "classification_head")]
-        return tuple(names)
+        return tuple(n for n, _ in model.named_children() if n in TASK_HEADS)
     parent = base.rpartition(".")[0]
     outside = [(join(parent, n), m) for n, m in model.get_submodule(parent).named_children()]
     return tuple(p for p, m in outside if p != base and p.rpartition(".")[2] not in PRETRAINED_HEADS | {"slimtune"}

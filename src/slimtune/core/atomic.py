@@ -87,7 +87,7 @@ def write_folder(target: Path, files: Mapping[str, Content], manifest: Mapping[s
 def recover(target: Path, *, manifest_name: str = "delta.json") -> bool:
     """Finish or undo what a killed `write_folder` left behind; True if `target` is there afterwards.
 
-    A missing target is brought back from a complete sibling. Partly written siblings are deleted, others
+    A missing or empty target is brought back from a complete sibling. Partly written siblings are deleted, others
     once the target verifies. A sibling that a living process is writing is left alone.
 
     Example:
@@ -110,8 +110,10 @@ def recover(target: Path, *, manifest_name: str = "delta.json") -> bool:
 
 def _recover(target: Path, manifest_name: str) -> None:
     left = [path for path in _leftovers(target) if not _alive(path)]
-    missing = not os.path.lexists(target)
-    if missing and (whole := next((path for path in left if _verifies(path, manifest_name)), None)):
+    vacant = not os.path.lexists(target) or _is_empty(target)
+    if vacant and (whole := next((path for path in left if _verifies(path, manifest_name)), None)):
+        if target.exists():
+            target.rmdir()
         whole.rename(target)
         _fsync_folder(target.parent)
         left.remove(whole)
@@ -224,6 +226,10 @@ def _target(target: Path) -> Path:
 
 def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f".{kind}-{uuid.uuid4().hex}-{target.name}")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
 
 def _verifies(folder: Path, manifest_name: str) -> bool:

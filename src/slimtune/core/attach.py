@@ -1,4 +1,5 @@
 """attach: put a method, or a union of methods, on a model; nothing of the model changes if it fails."""
+import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from slimtune.core.anatomy import Anatomy, dissect
 from slimtune.core.delta import Delta, check_names, set_active, strip
 from slimtune.core.init import Init, Params
-from slimtune.core.insert import CHILD, Root, Slot, insert_at
+from slimtune.core.insert import CHILD, Root, Slot, hook_source, insert_at
 from slimtune.core.method import NORMS, Method, base_dtype, key_of
 from slimtune.core.reentrant import open_checkpoints
 from slimtune.core.sites import Site
@@ -36,12 +37,11 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     before = root.plan.active
     set_active(root, ())
     try:
-        anatomy = anatomy or root.anatomy or dissect(model)
-        root.anatomy = anatomy
-        build = _Build(model, name, methods, anatomy, root, seed, state)
+        root.anatomy = anatomy or root.anatomy or dissect(model)
+        build = _Build(model, name, methods, root.anatomy, root, seed, state)
         delta = build.run()
     except BaseException:
-        strip(model, name)
+        strip(root, name, list(model.modules()))
         set_active(root, before)
         if not root.deltas:
             _thaw(model, root)
@@ -64,8 +64,8 @@ def _methods(method: Method | Sequence[Method]) -> tuple[Method, ...]:
 
 
 def _root(model: nn.Module, name: str) -> Root:
-    if not name or "." in name or "/" in name:
-        raise DeltaError(f"'{name}' is no name for a delta.", "Use letters, digits, '-' and '_'.")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+        raise DeltaError(f"'{name}' is no name for a delta.", "Use letters, digits, '-' and '_', at most 100.")
     root = model._modules.get(CHILD)
     if root is None:
         root = Root()
@@ -142,8 +142,15 @@ class _Build:
             slot.register_parameter(name, self._parameter(f"{slot.label}.{name}", init, like))
         slot.train(host.training)
         insert_at(host, self.plan).add(self.name, slot)
+        self.delta.hosts.append(host)
         self.delta.slots.append((site.path, slot))
         return slot
+
+    def feed(self, site: Site) -> None:
+        """Let the input of the site's source reach its host."""
+        source = self.module(str(site.source))
+        hook_source(source, self.module(site.path), self.plan)
+        self.delta.hosts.append(source)
 
     def _parameter(self, key: str, init: Init, like: Tensor) -> nn.Parameter:
         dtype = base_dtype(like)

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.add import Add
+from slimtune.core import insert, reentrant, side, tokens
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.count import Count
-from slimtune.core import insert, reentrant, side, tokens
 from slimtune.core.insert import CHILD, Insert, Root, Slot
 from slimtune.core.keyvalues import unwrap
 from slimtune.core.merge import merged
@@ -33,6 +32,7 @@ class Delta:
         self.slots: list[tuple[str, Slot]] = []  # (path of the host, slot)
         self.shared: dict[str, nn.Module] = {}
         self.owned: list[Owned] = []
+        self.hosts: list[nn.Module] = []  # every module that has a slot or a hook of this delta
         self.info: dict[str, Any] = {}
         self._gone = False
         self._unmerge: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -89,9 +89,12 @@ class Delta:
             if final is not None:  # a reparametrisation is dropped when the delta is saved
                 names = [n for n in self.tensors() if self.is_of(n, slots)]
                 stored += sum(t.numel() for t in final[1].values()) - sum(self.tensors()[n].numel() for n in names)
-        heads = tuple(h + "." for h in self.anatomy.heads)
-        body = [p.numel() for path, p in base_parameters(self.model).items() if not (heads and path.startswith(heads))]
-        return Count(**sizes, stored=stored, backbone=sum(body))
+        if self.root.backbone is None:
+            heads = tuple(h + "." for h in self.anatomy.heads)
+            body = (p.numel() for path, p in base_parameters(self.model).items()
+                    if not (heads and path.startswith(heads)))
+            self.root.backbone = sum(body)
+        return Count(**sizes, stored=stored, backbone=self.root.backbone)
 
     def by_method(self) -> list[tuple[Method, list[Slot]]]:
         """Each method of the union with its slots."""
@@ -168,16 +171,17 @@ class Delta:
         self.unmerge()
         root = self.root
         set_active(root, tuple(n for n in root.plan.active if n != self.name))
-        strip(self.model, self.name)
+        strip(root, self.name, self.hosts)
         del root.deltas[self.name]
         if not root.deltas:
             for path, p in base_parameters(self.model).items():
                 p.requires_grad_(root.required.get(path, True))
             del self.model._modules[CHILD]
-        if not any(s.kind == "kv" for d in root.deltas.values() for _, s in d.slots):
-            for module in self.model.modules():
-                unwrap(getattr(module, "config", None))
-        self.slots, self.owned, self.shared = [], [], {}
+        if any(s.kind == "kv" for _, s in self.slots) and not any(
+                s.kind == "kv" for d in root.deltas.values() for _, s in d.slots):
+            for host in self.hosts:
+                unwrap(getattr(host, "config", None))
+        self.slots, self.owned, self.hosts, self.shared = [], [], [], {}
         self._gone = True
 
     def _alive(self) -> None:
@@ -192,16 +196,14 @@ class Delta:
 HOOKS = (*insert.HOOKS, *tokens.HOOKS, *side.HOOKS, *reentrant.HOOKS)
 
 
-def strip(model: nn.Module, name: str) -> None:
-    """Take a delta's slots off every host, and our children and hooks where nothing is left."""
-    hosts = [m for m in model.modules() if isinstance(m._modules.get(CHILD), Insert)]
-    for host in hosts:
-        host._modules[CHILD].slots._modules.pop(name, None)  # type: ignore[union-attr]
-    for host in hosts:
+def strip(root: Root, name: str, hosts: Sequence[nn.Module]) -> None:
+    """Take a delta's slots off these hosts, and our children and hooks where nothing is left."""
+    held = {id(h): h for h in hosts if isinstance(h._modules.get(CHILD), Insert)}.values()
+    for host in held:
+        host._modules[CHILD].drop(name)  # type: ignore[union-attr]
+    for host in held:
         insert.prune(host, HOOKS)
-    root = model._modules.get(CHILD)
-    if isinstance(root, Root):
-        root.shared._modules.pop(name, None)
+    root.shared._modules.pop(name, None)
 
 
 def set_active(root: Root, names: tuple[str, ...]) -> None:

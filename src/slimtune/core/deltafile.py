@@ -20,7 +20,7 @@ from slimtune.errors import DeltaError, listing, suggest
 
 FORMAT = "slimtune-delta"
 FORMAT_VERSION = 1
-MAX_TENSORS = 100_000
+MAX_TENSORS, MAX_NAME = 100_000, 512
 MANIFEST, TENSORS = "delta.json", "delta.safetensors"
 _OURS = ("files", "format", "format_version", "self", "slimtune", "tensors")
 _CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -131,8 +131,7 @@ def _storable(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 
 def _check_storable(key: str, tensor: Tensor, folder: Path) -> None:
-    if not isinstance(key, str) or not key or key == "__metadata__" or not key.isprintable():
-        raise DeltaError(f"{folder}: {key!r} cannot be the name of a tensor.", "Use printable text.")
+    _check_name(key, folder)
     if not isinstance(tensor, Tensor):
         raise DeltaError(f"{folder}: {key} is a {type(tensor).__name__}, not a tensor.", "Put it in info.")
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
@@ -142,6 +141,12 @@ def _check_storable(key: str, tensor: Tensor, folder: Path) -> None:
     if tensor.dtype not in _CODE_OF:
         raise DeltaError(f"{folder}: {key} has dtype {tensor.dtype}, which cannot be stored.",
                          f"It takes: {listing(_NAMES.values())}.")
+
+
+def _check_name(key: Any, where: Path) -> None:
+    if not isinstance(key, str) or not 0 < len(key) <= MAX_NAME or key == "__metadata__" or not key.isprintable():
+        raise DeltaError(f"{where}: {str(key)[:80]!r} cannot be the name of a tensor.",
+                         f"Use printable text of at most {MAX_NAME} letters.")
 
 
 def _check_format(folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -173,6 +178,7 @@ def _header(data: bytes, path: Path) -> dict[str, dict[str, Any]]:
     header.pop("__metadata__", None)
     table = {}
     for key, entry in header.items():
+        _check_name(key, path)
         code = entry.get("dtype") if isinstance(entry, dict) else None
         if not isinstance(code, str) or code not in _NAMES:
             raise DeltaError(f"{path}: tensor {key!r} has no known dtype ({str(code)[:40]}).",

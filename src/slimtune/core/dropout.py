@@ -1,7 +1,7 @@
 """Dropout whose mask is a function of (seed, row, column): nothing of it is saved, ever.
 
-    r_i = mix64(seed + (W + i) G),  c_j = mix64(seed + j G),  W = ceil(d / 2)      splitmix64, low 32 bits
-    t_ij = (r_i ^ c_j) M1;  t ^= t >> 15;  t *= M2                                 one 32-bit word, two elements
+    r_i = mix64(seed + (W + i) G),  c_j = mix64(seed + j G),  W = ceil(d / 2)     splitmix64, low 32 bits
+    t_ij = (r_i ^ c_j) M1;  t ^= t >> 15;  t *= M2                                32 bits for two elements
     keep element (i, 2j + k) when the k-th 16-bit half of t_ij, unsigned, is >= round(65536 p)
 
 Backward passes and gradient checkpointing regenerate the mask, in chunks of rows of any size. The
@@ -42,7 +42,7 @@ def draw_seed() -> Seed:
 
 
 def needs_plain_ops() -> bool:
-    """Whether only ordinary differentiable ops may run: a compiler, exporter or functorch transform looks on."""
+    """Whether only ordinary ops may run: a compiler, an exporter or a transform of torch.func looks on."""
     return (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
             or torch.autograd.forward_ad._current_level >= 0)
 
@@ -60,7 +60,8 @@ class Keep:
         1.3333
     """
 
-    def __init__(self, seed: Seed, p: float, rows: int, width: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, seed: Seed, p: float, rows: int, width: int,
+                 device: torch.device | str = "cpu") -> None:
         if not 0.0 <= p < 1.0:
             raise MethodError(f"dropout is {p}; it is the probability that an element is dropped.",
                               "Set dropout to a number from 0 (none) to below 1.")
@@ -98,19 +99,12 @@ class Keep:
             yield part, bits if dtype in _HALF_FLOATS else bits.to(dtype)
 
 
-def drop(x: Tensor, cells: Tensor) -> Tensor:
-    """x where the mask is 1, and 0 elsewhere: a new tensor, not scaled."""
-    if cells.dtype is torch.int16:  # a 16-bit float times 0 or 1, as integers: several times faster than a cast
-        return (x.view(torch.int16) * cells).view(x.dtype)
-    return x * cells
-
-
-def drop_(x: Tensor, cells: Tensor) -> Tensor:
-    """`drop`, in place."""
-    if cells.dtype is torch.int16:
-        x.view(torch.int16).mul_(cells)
-        return x
-    return x.mul_(cells)
+def drop(x: Tensor, cells: Tensor, out: Tensor) -> Tensor:
+    """x where the mask is 1 and 0 elsewhere, not scaled, written to out, which may be x or cells itself."""
+    if cells.dtype is not torch.int16:
+        return torch.mul(x, cells, out=out)
+    # A 16-bit float times 0 or 1, as integers: several times faster than through a cast.
+    return torch.mul(x.view(torch.int16), cells, out=out.view(torch.int16)).view(x.dtype)
 
 
 def seeded_dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
@@ -149,7 +143,7 @@ class _SeededDropout(Function):
         keep, rows = _keep_for(x, p, seed), x.reshape(-1, x.shape[-1])
         out = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for part, cells in keep.blocks(rows.shape[:1], x.dtype):
-            torch.mul(drop(rows[part], cells), keep.scale, out=out[part])
+            torch.mul(drop(rows[part], cells, out=cells), keep.scale, out=out[part])
         return out.view(x.shape)
 
     @staticmethod

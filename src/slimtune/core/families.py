@@ -151,3 +151,6 @@ PRETRAINED_HEADS = frozenset({
     "lm_predictions",
 })
 """Modules beside the base model that are pretrained with it, and so are backbone, not task head."""
+
+TASK_HEADS = frozenset({"classifier", "score", "qa_outputs", "classification_head"})
+"""Heads beside the towers of a model that is its own base, as T5's."""

@@ -5,6 +5,7 @@ samples as bfloat16, so that a delta trained on a float32 base loads on its bflo
 compares the very bits, and is asked for where the delta stores differences from the base.
 """
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,33 +18,46 @@ SAMPLES = 8
 
 
 def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
-    """{"shapes", "rounded", "exact"}: hexadecimal digests of the base's tensors, whatever deltas are active."""
+    """{"shapes", "rounded", "exact"}: hexadecimal digests of the base's tensors, whatever deltas are active.
+
+    While deltas are attached the digests are kept, and made anew when a tensor was written or replaced.
+    """
+    root = model._modules.get(CHILD)
+    if not isinstance(root, Root):
+        return _digests([(name, module._parameters[key]) for name, module, key in _places(model, anatomy)])
+    if root.places is None:
+        root.places = _places(model, anatomy)
+    swapped = {id(own.value): own.base for delta in root.deltas.values() for own in delta.owned}
+    tensors = [(name, module._parameters[key]) for name, module, key in root.places]
+    tensors = [(name, swapped.get(id(t), t)) for name, t in tensors]
+    state = tuple((id(t), t.data_ptr(), t._version) for _, t in tensors if t is not None)
+    if root.digests is None or root.digests[0] != state:
+        root.digests = (state, _digests(tensors))
+    return root.digests[1]
+
+
+def _digests(tensors: Sequence[tuple[str, Tensor | None]]) -> dict[str, str]:
     shapes, samples = hashlib.sha256(), []
-    for name, tensor in _base_tensors(model, anatomy):
-        shapes.update(f"{name}:{tuple(tensor.shape)};".encode())
-        flat = tensor.detach().reshape(-1)
-        samples.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES])
+    for name, tensor in tensors:
+        if tensor is not None:
+            shapes.update(f"{name}:{tuple(tensor.shape)};".encode())
+            flat = tensor.detach().reshape(-1)
+            samples.append(flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES])
     digests = {"shapes": shapes.hexdigest()[:32]}
     if samples and samples[0].device.type == "meta":
         return digests
-    values = torch.cat([s.cpu() for s in samples]) if len({s.dtype for s in samples}) == 1 else torch.cat(
-        [s.cpu().float() for s in samples])
+    mixed = len({s.dtype for s in samples}) > 1
+    values = torch.cat([s.cpu().float() if mixed else s.cpu() for s in samples])
     return digests | {"rounded": _digest(values.to(torch.bfloat16)), "exact": _digest(values)}
 
 
-def _base_tensors(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, Tensor]]:
-    root = model._modules.get(CHILD)
-    attached = root.deltas.values() if isinstance(root, Root) else ()
-    swapped = {id(own.value): own.base for delta in attached for own in delta.owned}
-    found: dict[str, Tensor] = {}
-    for site in anatomy.sites:
-        module = model.get_submodule(site.path)
-        for name, p in module.named_parameters(recurse=False):
-            found.setdefault(f"{site.path}.{name}", swapped.get(id(p), p))
-    roles = {}
+def _places(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module, str]]:
+    """(name by role, module, parameter's name) of every tensor of every site, each once."""
+    roles: dict[str, str] = {}
     for site in anatomy.sites:
         roles.setdefault(site.path, site.name)
-    return [(f"{roles[path.rpartition('.')[0]]}.{path.rpartition('.')[2]}", t) for path, t in found.items()]
+    return [(f"{role}.{key}", module, key) for path, role in roles.items()
+            for module in (model.get_submodule(path),) for key, p in module._parameters.items() if p is not None]
 
 
 def _digest(values: Tensor) -> str:

@@ -1,7 +1,7 @@
 """A guess at the roles of a model that no table knows: by names and shapes, shown, never silent."""
 import re
 
-from torch import nn
+from torch import Tensor, nn
 
 from slimtune.core.families import TowerSpec
 from slimtune.errors import AnatomyError, listing
@@ -23,7 +23,7 @@ def guess(base: nn.Module) -> tuple[TowerSpec, ...]:
     Errors: AnatomyError when no such list is found; it names the lists that are there.
     """
     lists = [(path, m) for path, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    found = [(path, roles) for path, m in lists if (roles := _roles(m[0])) and "attn.q" in roles]
+    found = [(path, roles) for path, m in lists if "attn.q" in (roles := _roles(next(m.children())))]
     outer = [(p, r) for p, r in found if not any(p.startswith(q + ".") for q, _ in found if q != p)]
     if not outer:
         raise AnatomyError(
@@ -36,12 +36,12 @@ def guess(base: nn.Module) -> tuple[TowerSpec, ...]:
 
 
 def _roles(block: nn.Module) -> dict[str, str]:
-    weighted = [(p, m) for p, m in block.named_modules() if getattr(m, "weight", None) is not None]
-    linears = [(p, m) for p, m in weighted if m.weight.dim() == 2]
+    weights = {p: m.weight for p, m in block.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    linears = [p for p, weight in weights.items() if weight.dim() == 2]
     roles: dict[str, str] = {}
     for role, pattern in _NAMES.items():
-        for path, _ in linears:
+        for path in linears:
             if path not in roles.values() and re.search(rf"(^|\.){pattern}", path):
                 roles.setdefault(role, path)
-    norms = [p for p, m in weighted if m.weight.dim() == 1]
+    norms = [p for p, weight in weights.items() if weight.dim() == 1]
     return roles | {f"norm.{part}": p for part, p in zip(("attn", "mlp"), norms, strict=False)}

@@ -6,13 +6,14 @@ so deepcopy, pickling, gradient checkpointing and sharding see ordinary modules.
 one tuple in the plan that all inserts of a model share: a switch walks nothing.
 """
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.anatomy import Anatomy
 from slimtune.core.sites import Site
 
 CHILD = "slimtune"
@@ -59,13 +60,21 @@ class Slot(nn.Module):
     """One method at one site: its parameters, and references to those it shares with other sites.
 
     kind: which hook runs it: "output", "input", "kv", "prompt", "ladder", ...
+    label: its name of state, `<site>.<method>`; causal: its tower's (see Tower).
     """
+
+    method: Any
+    site: Site
+    kind: str
+    label: str
+    causal: bool
+    _shared: tuple[nn.Module, ...]
 
     def __init__(self, method: Any, site: Site, kind: str, label: str, shared: nn.Module | None = None) -> None:
         super().__init__()
-        self.method, self.site, self.kind, self.label = method, site, kind, label
-        self.causal = False
-        self._shared = (shared,) if shared is not None else ()  # a tuple, so that it is not registered twice
+        # shared stands in a tuple, so that it is not registered twice; past Module.__setattr__, which costs
+        self.__dict__.update(method=method, site=site, kind=kind, label=label, causal=False,
+                             _shared=(shared,) if shared is not None else ())
 
     def bind(self, like: Tensor, host: nn.Module | None = None) -> Bound:
         """The slot's tensors in the computation's dtype; master weights may be wider."""
@@ -88,37 +97,44 @@ class Slot(nn.Module):
 
 
 class Insert(nn.Module):
-    """The child of a host: slots by delta name."""
+    """The child of a host: slots by delta name, registered as `<delta>:<number>`."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
-        self.slots = nn.Module()
+        self.groups: dict[str, tuple[Slot, ...]] = {}
         self.stash: dict[int, Tensor] = {}
         self.feeds: tuple[Insert, ...] = ()
 
     def add(self, name: str, slot: Slot) -> None:
-        group = self.slots._modules.setdefault(name, nn.ModuleList())
-        group.append(slot)  # type: ignore[union-attr]
+        group = self.groups.get(name, ())
+        self.groups[name] = (*group, slot)
+        self._modules[f"{name}:{len(group)}"] = slot
+
+    def drop(self, name: str) -> None:
+        for number in range(len(self.groups.pop(name, ()))):
+            del self._modules[f"{name}:{number}"]
 
     def live(self, kind: str) -> list[Slot]:
         """The slots of one kind that run now, in the order of the active deltas."""
-        groups = self.slots._modules
-        return [s for name in self.plan.active if name in groups for s in groups[name] if s.kind == kind]  # type: ignore
-
-    def all(self) -> Iterator[tuple[str, Slot]]:
-        for name, group in self.slots._modules.items():
-            yield from ((name, slot) for slot in group)  # type: ignore[union-attr]
+        groups = self.groups
+        return [slot for name in self.plan.active if name in groups for slot in groups[name] if slot.kind == kind]
 
 
 class Root(Insert):
-    """The child of the model itself: the plan, the deltas, and what each shares between its sites."""
+    """The child of the model itself: the plan, the deltas, and what each shares between its sites.
+
+    It keeps what is read of the backbone once: its anatomy, size and fingerprint.
+    """
 
     def __init__(self) -> None:
         super().__init__(Plan())
         self.deltas: dict[str, Any] = {}
         self.required: dict[str, bool] = {}
-        self.anatomy: Any = None
+        self.anatomy: Anatomy | None = None
+        self.backbone: int | None = None
+        self.places: list[tuple[str, nn.Module, str]] | None = None
+        self.digests: tuple[Any, dict[str, str]] | None = None
         self.shared = nn.Module()
 
 
@@ -180,8 +196,8 @@ def prune(host: nn.Module, functions: tuple[Any, ...]) -> None:
     """Take our hooks and child off a host where no delta has a slot any more."""
     insert = host._modules[CHILD]
     assert isinstance(insert, Insert)
-    insert.feeds = tuple(fed for fed in insert.feeds if fed.slots._modules)
-    if not insert.slots._modules and not insert.feeds:
+    insert.feeds = tuple(fed for fed in insert.feeds if fed.groups)
+    if not insert.groups and not insert.feeds:
         unhook(host, functions)
         if not isinstance(insert, Root):
             del host._modules[CHILD]
@@ -201,7 +217,7 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def _feed(source: nn.Module, args: tuple[Any, ...]) -> None:
     insert: Insert = source._modules[CHILD]  # type: ignore[assignment]
     for sink in insert.feeds:
-        if any(name in sink.slots._modules for name in insert.plan.active):
+        if any(name in sink.groups for name in insert.plan.active):
             sink.stash[thread()] = args[0]
 
 

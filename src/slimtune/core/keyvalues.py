@@ -64,10 +64,11 @@ def _check(method: Method, module: nn.Module, site: Site) -> None:
         raise MethodError(f"{name} cannot go on {type(module).__name__} ({site.name}): this family computes its "
                           "attention itself and does not go through transformers' AttentionInterface.",
                           "Use prompt tuning, or a method that adds to a module's output.")
-    chosen = (module.config._attn_implementation or "eager").removeprefix(PREFIX)
+    config: Any = module.config
+    chosen = (config._attn_implementation or "eager").removeprefix(PREFIX)
     if chosen not in WRAPPED:
-        raise MethodError(f"{name} cannot wrap the attention implementation '{chosen}'.", f"It wraps: {' '.join(WRAPPED)}",
-                          "Load the model with attn_implementation='sdpa'.")
+        raise MethodError(f"{name} cannot wrap the attention implementation '{chosen}'.",
+                          f"It wraps: {' '.join(WRAPPED)}", "Load the model with attn_implementation='sdpa'.")
 
 
 def wrap(module: nn.Module) -> None:

@@ -33,7 +33,8 @@ def load_delta(model: nn.Module, folder: Path | str, name: str | None = None) ->
         raise DeltaError(f"{folder}: {error.what}", *error.more) from None
     delta.info = dict(info.get("info") or {})
     counts = delta.count().as_dict()
-    told = info.get("counts") if isinstance(info.get("counts"), dict) else {}
+    told: Any = info.get("counts")
+    told = told if isinstance(told, dict) else {}
     if any(told.get(part) != counts[part] for part in ("stored", "norms", "head", "backbone")):
         delta.detach()  # what was trained may have been more: a reparametrisation is not stored
         raise DeltaError(f"{folder}: its counts are not those of its tensors.",
@@ -59,8 +60,8 @@ def _check_base(model: nn.Module, anatomy: Anatomy, info: Mapping[str, Any], fol
     for part in parts:
         if part in told and part in own and told[part] != own[part]:
             what = "the shapes of its tensors" if part == "shapes" else "the values of its tensors"
-            raise DeltaError(f"{folder}: this delta was made for another base ({info.get('model_type')}): {what} differ.",
-                             "Load the very model it was trained on; nothing was loaded.")
+            raise DeltaError(f"{folder}: this delta was made for another base ({info.get('model_type')}): "
+                             f"{what} differ.", "Load the very model it was trained on; nothing was loaded.")
     if set(own) != set(told):
         raise DeltaError(f"{folder}: the fingerprint of its base is incomplete.", "Nothing was loaded.")
 

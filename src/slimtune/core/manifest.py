@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -200,7 +201,7 @@ def _check_entries(folder: Path, known: set[str]) -> None:
         if name not in known:
             pickled = name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))
             danger = "It may be a pickle, which can run code when opened; it was not opened."
-            raise DeltaError(f"{folder}: holds {name!r}, which its manifest does not name.",
+            raise DeltaError(f"{folder}: holds {name[:80]!r}, which its manifest does not name.",
                              f"It names: {listing(sorted(known))}.",
                              danger if pickled else "", "Move it out of the folder if it is yours.")
         if not entry.is_file(follow_symlinks=False):
@@ -217,7 +218,7 @@ def _check_files(files: Any, manifest_name: str, path: Path) -> None:
         raise DeltaError(f"{path}: has no table of files.", RESTORE)
     for name, told in files.items():
         if not NAME.fullmatch(name) or name == manifest_name:
-            raise DeltaError(f"{path}: files: {name!r} is not a plain file name.",
+            raise DeltaError(f"{path}: files: {name[:80]!r} is not a plain file name.",
                              "Such a name could point outside the folder; it was not opened.", RESTORE)
         if not (isinstance(told, dict) and set(told) == {"size", "sha256"} and type(told["size"]) is int
                 and isinstance(told["sha256"], str) and _SHA256.fullmatch(told["sha256"])):
@@ -231,8 +232,9 @@ def _steady(folder: Path, read: Callable[[], T]) -> T:
         try:
             return read()
         except DeltaError:
-            if _identity(folder) == before:
+            if before is not None and _identity(folder) == before:
                 raise
+        time.sleep(0.005)                                   # between two renames it is nowhere for a moment
     return read()
 
 

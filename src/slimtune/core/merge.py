@@ -22,8 +22,8 @@ def merged(delta: "Delta") -> list[tuple[nn.Module, str, Tensor]]:
     for path, slot in ordered:
         fold = getattr(slot.method, "fold", None)
         if fold is None:
-            raise MethodError(f"{type(slot.method).__name__} cannot be merged: it is no change of the backbone's weights.",
-                              "Keep it attached, or export the model with it.")
+            raise MethodError(f"{type(slot.method).__name__} cannot be merged: it is no change of the backbone's "
+                              "weights.", "Keep it attached, or export the model with it.")
         if path not in work:
             work[path] = _start(delta.model.get_submodule(path), path)
         module, weight, bias = work[path]

@@ -31,6 +31,7 @@ def open_checkpoints(model: nn.Module, anatomy: Anatomy, plan: Plan, delta: "Del
         slot = Slot(_Opens(), site, "checkpoint", f"{site.name}.checkpoint")
         block = model.get_submodule(path)
         insert_at(block, plan).add(delta.name, slot)
+        delta.hosts.append(block)
         hook_with(block, _open, pre=True)
 
 

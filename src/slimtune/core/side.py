@@ -16,7 +16,6 @@ from slimtune.core.method import Builder, Method
 from slimtune.core.sites import Site
 from slimtune.errors import MethodError
 
-
 Masks: TypeAlias = tuple[Tensor | None, Tensor | None]
 """A block's mask for its self-attention and for its cross-attention."""
 

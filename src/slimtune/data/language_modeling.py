@@ -3,7 +3,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from slimtune.data.columns import texts
-from slimtune.data.examples import Collate, Examples, Row, count_cut, finished, tokenise
+from slimtune.data.examples import Collate, Examples, Row, count_cut, tokenise
 from slimtune.data.spec import DataSpec
 from slimtune.data.tables import Table
 
@@ -27,12 +27,12 @@ def encode_causal(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: t
     if spec.pack:
         ids = tokenizer(values, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
         rows = [_row(block) for block in blocks([closed(one, end) for one in ids], spec.max_length)]
-        return finished(table.name, rows, 0, spec.max_length)
+        return Examples(table.name, rows)
     encoded, encoding = tokenise(tokenizer, values, spec.max_length)
     # A text that fills max_length may have been cut, so that its end is not the end of the text.
     rows = [_row(ids if len(ids) == spec.max_length else closed(ids, end))
             for ids in (one["input_ids"] for one in encoded)]
-    return finished(table.name, rows, count_cut(encoding), spec.max_length)
+    return Examples(table.name, rows, count_cut(encoding))
 
 
 def _row(ids: list[int]) -> Row:
@@ -67,7 +67,7 @@ def encode_seq2seq(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: 
         cut += count_cut(answers)
         for row, ids in zip(rows, answers["input_ids"], strict=True):
             row["labels"] = ids
-    return finished(table.name, rows, cut, spec.max_length)
+    return Examples(table.name, rows, cut)
 
 
 def collator(tokenizer: "Tokenizer") -> Collate:

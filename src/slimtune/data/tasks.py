@@ -1,10 +1,10 @@
 """prepare: from a DataSpec and a tokenizer to examples and their collator, for every task."""
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from slimtune.data import language_modeling, text_classification, token_classification
-from slimtune.data.examples import Collate, Examples, Prepared, make_ready
+from slimtune.data.examples import Collate, Examples, Prepared, log, make_ready
 from slimtune.data.spec import DataSpec
 from slimtune.data.splits import read_splits
 from slimtune.data.tables import Table
@@ -49,12 +49,20 @@ def prepare(spec: DataSpec, tokenizer: "Tokenizer") -> Prepared:
     make_ready(tokenizer, spec)
     splits = read_splits(spec)
     names = _names(spec, family, splits.whole)
-    train, validation, test = (
-        None if table is None else family.encode(table, spec, tokenizer, names, labelled=True)
-        for table in (splits.train, splits.validation, splits.test))
+
+    def encode(split: str) -> Examples | None:
+        table: Table | None = getattr(splits, split)
+        if table is None:
+            return None
+        found = family.encode(table, spec, tokenizer, names, labelled=True)
+        if found.cut:
+            log.info("%s: %d of %d texts are longer than %d tokens and were cut", split, found.cut, len(table),
+                     spec.max_length)
+        return replace(found, name=split)
+
     problem = "single_label_classification" if spec.task == "classification" else spec.task
-    return Prepared(spec.task, train, validation, test, names, 1 if spec.task == "regression" else len(names),
-                    problem, family.collator(tokenizer))
+    return Prepared(spec.task, encode("train"), encode("validation"), encode("test"), names,
+                    1 if spec.task == "regression" else len(names), problem, family.collator(tokenizer))
 
 
 def prepare_unlabelled(spec: DataSpec, tokenizer: "Tokenizer", table: Table) -> Examples:

@@ -2,7 +2,7 @@
 from typing import TYPE_CHECKING
 
 from slimtune.data.columns import index_labels, label_column, numbers, order_of, texts
-from slimtune.data.examples import Collate, Examples, count_cut, finished, tokenise
+from slimtune.data.examples import Collate, Examples, count_cut, tokenise
 from slimtune.data.spec import DataSpec
 from slimtune.data.tables import Table
 from slimtune.errors import DataError
@@ -31,7 +31,7 @@ def encode(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: tuple[st
     if labelled:
         for row, label in zip(rows, _labels(table, spec, names), strict=True):
             row["labels"] = label
-    return finished(table.name, rows, count_cut(encoding), spec.max_length)
+    return Examples(table.name, rows, count_cut(encoding))
 
 
 def _labels(table: Table, spec: DataSpec, names: tuple[str, ...]) -> list[int] | list[float]:

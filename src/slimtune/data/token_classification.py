@@ -2,7 +2,7 @@
 from typing import TYPE_CHECKING
 
 from slimtune.data.columns import index_labels, order_of, tag_column, word_column
-from slimtune.data.examples import IGNORED, Collate, Examples, count_cut, finished, log, tokenise
+from slimtune.data.examples import IGNORED, Collate, Examples, count_cut, log, tokenise
 from slimtune.data.spec import DataSpec
 from slimtune.data.tables import Table
 from slimtune.errors import DataError
@@ -42,7 +42,7 @@ def encode(table: Table, spec: DataSpec, tokenizer: "Tokenizer", names: tuple[st
         if lost:
             log.info("%s: %d tags are not scored: their words were cut off or have no token",
                      table.name, lost)
-    return finished(table.name, rows, count_cut(encoding), spec.max_length)
+    return Examples(table.name, rows, count_cut(encoding))
 
 
 def align(word_ids: list[int | None], labels: list[int]) -> list[int]:

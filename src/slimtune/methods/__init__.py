@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from slimtune.core.method import Method, find, from_config, key_of, register, registered, to_config
 
 for _module in iter_modules(__path__):
-    for _value in vars(import_module(f"{__name__}.{_module.name}")).values():
-        if isinstance(_value, type) and issubclass(_value, Method) and _value.__module__ == f"{__name__}.{_module.name}":
+    _path = f"{__name__}.{_module.name}"
+    for _value in vars(import_module(_path)).values():
+        if isinstance(_value, type) and issubclass(_value, Method) and _value.__module__ == _path:
             register(_value)
 
 
@@ -50,8 +51,28 @@ else:
         for cls in registered().values():
             if cls.__name__ == name:
                 return cls
-        raise AttributeError(f"slimtune.methods has no {name}; it has: {' '.join(c.__name__ for c in registered().values())}")
+        have = " ".join(cls.__name__ for cls in registered().values())
+        raise AttributeError(f"slimtune.methods has no {name}; it has: {have}")
 
-__all__ = ["BitFit", "Full", "Houlsby", "IA3", "LST", "LinearProbe", "LoRA", "Method", "NormTuning", "ParallelAdapter",
-           "Pfeiffer", "PrefixTuning", "PromptTuning", "ScaledParallelAdapter", "from_config", "get", "key_of", "names",
-           "register", "to_config"]
+__all__ = [
+    "IA3",
+    "LST",
+    "BitFit",
+    "Full",
+    "Houlsby",
+    "LinearProbe",
+    "LoRA",
+    "Method",
+    "NormTuning",
+    "ParallelAdapter",
+    "Pfeiffer",
+    "PrefixTuning",
+    "PromptTuning",
+    "ScaledParallelAdapter",
+    "from_config",
+    "get",
+    "key_of",
+    "names",
+    "register",
+    "to_config",
+]

@@ -56,6 +56,8 @@ _ENTRY: dict[str, Callable[[dict[str, Any], str], Any]] = {
     "offsets of 64 bits": lambda header, key: header[key].update(data_offsets=[2**63, 2**63 + 8]),
     "offsets negative": lambda header, key: header[key].update(data_offsets=[-8, 0]),
     "no offsets": lambda header, key: header[key].pop("data_offsets"),
+    "a name of 5000 letters": lambda header, key: header.update({"x" * 5000: header.pop(key)}),
+    "a name with escape codes": lambda header, key: header.update({"\x1b[2J": header.pop(key)}),
     "entry null": lambda header, key: header.update({key: None}),
     "entry a list": lambda header, key: header.update({key: []}),
     "overlap": lambda header, key: header.update({"overlap": dict(header[key])}),

@@ -29,8 +29,8 @@ def pickled(folder: Path, protocol: int = 2) -> bytes:
 def zipped(folder: Path, path: Path) -> None:
     """A zip archive as `torch.save` makes them, with that pickle inside, at `path`."""
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled(folder))
-        archive.writestr("archive/version", "3\n")
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), pickled(folder))
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
 def resign(folder: Path, *, table: bool = False) -> None:

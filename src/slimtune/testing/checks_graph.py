@@ -1,0 +1,116 @@
+"""Checks of compiling, exporting and generating."""
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.core.side import Side
+from slimtune.errors import MethodError
+from slimtune.testing.case import Case, Skip, check, close, refused, run
+from slimtune.testing.tiny import batch, kind, output
+
+NEW_TOKENS = 3
+
+
+def _plain_inputs(case: Case) -> dict[str, Tensor]:
+    """The inputs without labels; an encoder-decoder gets its decoder's ids instead."""
+    inputs = {k: v for k, v in case.inputs.items() if k != "labels"}
+    if case.base().config.is_encoder_decoder:  # type: ignore[union-attr]
+        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
+    return inputs
+
+
+@check(slow=True)
+def compiles(case: Case) -> None:
+    """torch.compile (aot_eager) gives the same output to 1e-5."""
+    model, _ = case.moved()
+    inputs = _plain_inputs(case)
+    own = run(model, inputs)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        close(output(torch.compile(model, backend="aot_eager"), inputs), own, "the compiled output")  # type: ignore[arg-type]
+    torch._dynamo.reset()
+
+
+@check(slow=True)
+def exports(case: Case) -> None:
+    """torch.export (strict=False) gives the same output to 1e-5, where the backbone itself exports."""
+    inputs = _plain_inputs(case)
+    model, _ = case.moved()
+    own = run(model, inputs)
+    try:
+        program = _export(model, inputs)
+    except Exception as problem:
+        try:
+            _export(case.base(), inputs)
+        except Exception:
+            raise Skip("the backbone does not export") from None
+        raise AssertionError(f"the backbone exports, and with it: {type(problem).__name__}: {problem}") from problem
+    with torch.no_grad():
+        close(output(program.module(), inputs), own, "the exported output")
+
+
+def _export(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    extra: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    with torch.no_grad():
+        return torch.export.export(model, (), {**inputs, **extra}, strict=False)
+
+
+@check()
+def generates(case: Case) -> None:
+    """Greedy generation equals a loop of argmax without a cache; a side network refuses a cache."""
+    if kind(case.backbone) != "lm":
+        raise Skip("the backbone does not generate")
+    model, _ = case.moved()
+    prompt = batch(case.backbone, size=2, labels=False)
+    prompt = {k: v[:, :5] for k, v in prompt.items()}
+    wanted = _greedy(model, prompt)
+    found = _generate(model, prompt, use_cache=False)
+    assert torch.equal(found, wanted), f"without a cache: {found.tolist()}, and the loop gives {wanted.tolist()}"
+    if isinstance(case.method, Side):
+        with refused(MethodError, "a cache, of which the side network knows nothing"):
+            _generate(model, prompt, use_cache=True)
+        case.notes.append("generates without a cache only")
+        assert torch.equal(_generate(model, prompt, use_cache=False), wanted), "after the refusal, another output"
+        return
+    found = _generate(model, prompt, use_cache=True)
+    assert torch.equal(found, wanted), f"with a cache: {found.tolist()}, and the loop gives {wanted.tolist()}"
+
+
+def _generate(model: Any, prompt: dict[str, Tensor], use_cache: bool) -> Tensor:
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=use_cache, eos_token_id=None,
+                    forced_eos_token_id=None, pad_token_id=1)
+    return model.generate(**prompt, generation_config=settings)[:, -NEW_TOKENS:]
+
+
+@torch.no_grad()
+def _greedy(model: Any, prompt: dict[str, Tensor]) -> Tensor:
+    """NEW_TOKENS argmax steps, each a whole forward."""
+    encoder_decoder = model.config.is_encoder_decoder
+    key = "decoder_input_ids" if encoder_decoder else "input_ids"
+    start = torch.full((2, 1), model.config.decoder_start_token_id) if encoder_decoder else prompt["input_ids"]
+    ids = start
+    for _ in range(NEW_TOKENS):
+        call = {**prompt, key: ids}
+        if not encoder_decoder:
+            call["attention_mask"] = torch.ones_like(ids)
+        logits = model(**call, use_cache=False).logits[:, -1]
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids[:, start.shape[1]:]
+
+
+@check()
+def generates_from_left_padding(case: Case) -> None:
+    """A prompt padded on the left continues as it does alone, where the backbone's own does."""
+    if kind(case.backbone) != "lm" or case.base().config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise Skip("prompts are not padded on the left")
+    ids = batch(case.backbone, size=2, labels=False)["input_ids"][:, :5]
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[1, :2], mask[1, :2] = 1, 0
+    whole, alone = {"input_ids": padded, "attention_mask": mask}, {"input_ids": ids[1:, 2:], "attention_mask": mask[1:, 2:]}
+    for model in (case.base(), case.moved()[0]):
+        for cached in (False,) if isinstance(case.method, Side) else (False, True):
+            found, wanted = (_generate(model, c, use_cache=cached)[-1] for c in (whole, alone))
+            assert torch.equal(found, wanted), f"padded, cache {cached}: {found.tolist()}; alone: {wanted.tolist()}"
