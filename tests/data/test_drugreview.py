@@ -26,7 +26,7 @@ def test_reviews():
     assert not [text for text in train.columns["text"] if "&#039;" in text or text[0] == '"']
     assert sum("'" in text for text in train.columns["text"]) >= 377
     assert train.columns["drug"][0] == "Nubain"
-    assert set(train.columns["text"]).isdisjoint(test.columns["text"])
+    assert len(set(train.columns["text"]) & set(test.columns["text"])) == 1   # known, and said in its docstring
 
 
 @here

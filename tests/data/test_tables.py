@@ -18,6 +18,7 @@ SPEC = DataSpec(task="classification", train="x.csv")
 FIELD = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=6), st.sampled_from(",;\t|"))
 def test_what_the_csv_module_writes_is_read_back(rows, delimiter):
     out = io.StringIO(newline="")
@@ -28,6 +29,7 @@ def test_what_the_csv_module_writes_is_read_back(rows, delimiter):
     assert [tuple(row) for row in read] == rows
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r"), min_size=1),
                 min_size=1, max_size=6))
 def test_unquoted_tsv_keeps_quotes_and_every_other_character(values):
@@ -203,6 +205,7 @@ def test_other_encodings_can_be_named(tmp_path):
         read_table(str(tmp_path / "a.csv"), SPEC.model_copy(update={"encoding": "utf8000"}))
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(-50, 50), min_size=1))
 def test_integer_labels_are_ordered_by_value(values):
     assert order_of({str(value) for value in values}) == tuple(str(value) for value in sorted(values))

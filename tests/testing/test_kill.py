@@ -1,6 +1,7 @@
 """The fault injector itself: it kills where it says, fails what it says, and leaves this process alone."""
 import errno
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -41,8 +42,8 @@ def test_errors_of_the_action_are_told():
         run_killed(lambda: 1 / 0, 1)
     with pytest.raises(RuntimeError, match="longer than"):
         kill_points(lambda: time.sleep(60), timeout=0.2)
-    with pytest.raises(RuntimeError, match="signal 6"):
-        run_killed(os.abort, 1)
+    with pytest.raises(RuntimeError, match="signal 15"):
+        run_killed(lambda: os.kill(os.getpid(), signal.SIGTERM), 1)
 
 
 def test_killed_after_a_time(tmp_path: Path):
@@ -50,8 +51,9 @@ def test_killed_after_a_time(tmp_path: Path):
     assert not run_killed_after(lambda: work(tmp_path), 60)
 
 
-@pytest.mark.parametrize(("n", "name"), [(1, "mkdir"), (2, "open"), (3, "fsync"), (4, "rename"), (5, "remove"), (6, "rmdir")])
-def test_each_operation_fails(tmp_path: Path, n: int, name: str):
+@pytest.mark.parametrize("n", range(1, 7))
+def test_each_operation_fails(tmp_path: Path, n: int):
+    name = ("mkdir", "open", "fsync", "rename", "remove", "rmdir")[n - 1]
     with failing_io(n, errno.EIO) as disk, pytest.raises(OSError, match="Input/output") as caught:
         work(tmp_path)
     assert caught.value.errno == errno.EIO

@@ -59,6 +59,10 @@ def _methods(method: Method | Sequence[Method]) -> tuple[Method, ...]:
                               "Pass for example slimtune.methods.LoRA(rank=8).")
     if not methods:
         raise MethodError("attach got an empty list of methods.", "Pass at least one.")
+    sides = [type(m).__name__ for m in methods if m.primitive == "side"]
+    if sides and len(sides) < len(methods):
+        raise MethodError(f"{sides[0]} sends no gradient into the backbone, so what the union's other methods add to "
+                          "it would never train.", "Attach them as deltas of their own.")
     # a union may hold equal configurations; each is its own object
     return tuple(m.model_copy() for m in methods)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core import insert, reentrant, side, tokens
+from slimtune.core import insert, positions, reentrant, side, tokens
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.count import Count
 from slimtune.core.insert import CHILD, Insert, Root, Slot
@@ -35,6 +35,7 @@ class Delta:
         self.hosts: list[nn.Module] = []  # every module that has a slot or a hook of this delta
         self.info: dict[str, Any] = {}
         self._gone = False
+        self.merged = False
         self._unmerge: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     # what it holds
@@ -145,23 +146,30 @@ class Delta:
     def merge(self) -> None:
         """Fold the delta into the backbone's weights, in float32; the hooks then do nothing.
 
-        Errors: MethodError when a method is not linear; DeltaError when it is merged already.
+        Until unmerge() no other delta can be attached or made active, and this one cannot be disabled.
+        Errors: MethodError when a method is not linear; DeltaError when it is merged already, or not the
+        one that runs.
         """
         self._alive()
-        if self._unmerge:
+        if self.merged:
             raise DeltaError(f"delta '{self.name}' is merged already.", "Call unmerge() first.")
+        if self.root.plan.active != (self.name,):
+            raise DeltaError(f"delta '{self.name}' does not run alone: active are {listing(self.root.plan.active)}.",
+                             "Call activate() on it, then merge it.")
         changes = merged(self)
         for module, name, value in changes:
             self._unmerge.append((module, name, module._parameters[name]))  # type: ignore[arg-type]
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
         for _, slot in self.slots:
             slot.kind = f"merged {slot.kind}"
+        self.merged = True
 
     def unmerge(self) -> None:
         """Give the backbone its own tensors back, bitwise."""
         for module, name, parameter in reversed(self._unmerge):
             module._parameters[name] = parameter
         self._unmerge.clear()
+        self.merged = False
         for _, slot in self.slots:
             slot.kind = slot.kind.removeprefix("merged ")
 
@@ -193,7 +201,7 @@ class Delta:
         return f"Delta('{self.name}': {kinds} on {self.anatomy.model_type}{', detached' if self._gone else ''})"
 
 
-HOOKS = (*insert.HOOKS, *tokens.HOOKS, *side.HOOKS, *reentrant.HOOKS)
+HOOKS = (*insert.HOOKS, *tokens.HOOKS, *positions.HOOKS, *side.HOOKS, *reentrant.HOOKS)
 
 
 def strip(root: Root, name: str, hosts: Sequence[nn.Module]) -> None:
@@ -210,6 +218,9 @@ def set_active(root: Root, names: tuple[str, ...]) -> None:
     """Let exactly these deltas run, in this order. Of tensors that several own, the last one's stands."""
     if root.plan.active == names:
         return
+    for delta in root.deltas.values():
+        if delta.merged:
+            raise DeltaError(f"delta '{delta.name}' is merged into the backbone.", "Call unmerge() on it first.")
     for name in root.plan.active:
         for own in root.deltas[name].owned:
             own.swap(False)

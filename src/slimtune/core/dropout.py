@@ -80,7 +80,10 @@ class Keep:
         words = (self._lines[start:stop] ^ self._columns).mul_(_WORD1)
         # The arithmetic shift makes t and ~t collide: one bit of 32 is lost; a logical one would cost a pass.
         words.bitwise_xor_(words >> 15).mul_(_WORD2)
-        return words.view(torch.int16).ge_(self._threshold)[:, :self._width]
+        halves = words.view(torch.int16)
+        # In place, int16 in and out, it takes a quarter of the time of a comparison that gives booleans.
+        kept = (halves >= self._threshold).short() if needs_plain_ops() else halves.ge_(self._threshold)
+        return kept[:, :self._width]
 
     def mask(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The whole mask, 1 and 0, in a floating dtype. Shape: any whose product is rows x width."""

@@ -27,7 +27,11 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
         return _digests([(name, module._parameters[key]) for name, module, key in _places(model, anatomy)])
     if root.places is None:
         root.places = _places(model, anatomy)
-    swapped = {id(own.value): own.base for delta in root.deltas.values() for own in delta.owned}
+    owned = [own for delta in root.deltas.values() for own in delta.owned]
+    for own in owned:
+        own.follow()
+    swapped: dict[int, Tensor] = {id(own.value): own.base for own in owned}
+    swapped |= {id(m._parameters[key]): p for delta in root.deltas.values() for m, key, p in delta._unmerge}
     tensors = [(name, module._parameters[key]) for name, module, key in root.places]
     tensors = [(name, swapped.get(id(t), t)) for name, t in tensors]
     state = tuple((id(t), t.data_ptr(), t._version) for _, t in tensors if t is not None)
@@ -68,5 +72,5 @@ def bits_digest(model: nn.Module) -> str:
     """SHA-256 over every bit of every base tensor: slow, for tests and for a careful user."""
     digest = hashlib.sha256()
     for path, p in sorted(base_parameters(model).items()):
-        digest.update(path.encode() + p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(path.encode() + p.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -60,7 +60,8 @@ class Slot(nn.Module):
     """One method at one site: its parameters, and references to those it shares with other sites.
 
     kind: which hook runs it: "output", "input", "kv", "prompt", "ladder", ...
-    label: its name of state, `<site>.<method>`; causal: its tower's (see Tower).
+    label: its name of state, `<site>.<method>`; causal: its tower's (see Tower);
+    relative: the attention whose relative bias it reads (see positions.py).
     """
 
     method: Any
@@ -68,12 +69,13 @@ class Slot(nn.Module):
     kind: str
     label: str
     causal: bool
+    relative: tuple[nn.Module, ...]
     _shared: tuple[nn.Module, ...]
 
     def __init__(self, method: Any, site: Site, kind: str, label: str, shared: nn.Module | None = None) -> None:
         super().__init__()
         # shared stands in a tuple, so that it is not registered twice; past Module.__setattr__, which costs
-        self.__dict__.update(method=method, site=site, kind=kind, label=label, causal=False,
+        self.__dict__.update(method=method, site=site, kind=kind, label=label, causal=False, relative=(),
                              _shared=(shared,) if shared is not None else ())
 
     def bind(self, like: Tensor, host: nn.Module | None = None) -> Bound:

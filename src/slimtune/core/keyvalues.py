@@ -9,9 +9,10 @@ works in training, under gradient checkpointing and in `generate` alike.
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -19,6 +20,7 @@ from slimtune.core.anatomy import Anatomy
 from slimtune.core.init import Params
 from slimtune.core.insert import CHILD, Bound, Insert
 from slimtune.core.method import Builder, Method
+from slimtune.core.positions import prefix_bias, stand_before
 from slimtune.core.sites import Site
 from slimtune.errors import MethodError
 
@@ -27,11 +29,15 @@ WRAPPED = ("sdpa", "eager")
 
 
 class KeysValues(Method):
-    """The primitive of prefix tuning. A subclass states `params` (or `shared`) and `keys_values`."""
+    """The primitive of prefix tuning. A subclass states `params` (or `shared`) and `keys_values`.
+
+    positions: "apart", the text's start at 0; "before", the prefix takes the first (see positions.py).
+    """
 
     primitive: ClassVar[str] = "tokens"
     identity: ClassVar[bool] = False
     sites: tuple[str, ...] = ("attn",)
+    positions: Literal["apart", "before"] = Field("apart", description="whether the prefix takes the first positions")
 
     def where(self, anatomy: Anatomy) -> list[Site]:
         return anatomy.select(self.sites, self.blocks, who=f"method {type(self).__name__}")
@@ -49,12 +55,15 @@ class KeysValues(Method):
         raise NotImplementedError
 
     def install(self, build: Builder) -> None:
+        slots = []
         for site in self.where(build.anatomy):
             assert site.attention is not None
             module = build.module(site.attention)
             _check(self, module, site)
-            build.slot(self, replace(site, path=site.attention), "kv", self.params(site))
+            slots.append(build.slot(self, replace(site, path=site.attention), "kv", self.params(site)))
             wrap(module)
+        if self.positions == "before":
+            stand_before(self, build, slots)
 
 
 def _check(method: Method, module: nn.Module, site: Site) -> None:
@@ -107,8 +116,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
         extra = slot.method.keys_values(slot.bind(key))
         k, v = (_heads(t, slot.site, key) for t in extra)
         attention_mask = _mask(module, query, key, attention_mask, k.shape[2], kwargs)
-        if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = pad(kwargs["position_bias"], (k.shape[2], 0))
+        if (bias := kwargs.get("position_bias")) is not None:
+            front = prefix_bias(slot, query, key, k.shape[2])
+            kwargs["position_bias"] = pad(bias, (k.shape[2], 0)) if front is None else torch.cat(
+                [front.expand(*bias.shape[:-1], -1), bias], -1)
         key, value = torch.cat([k, key], 2), torch.cat([v, value], 2)
     return _original(module)(module, query, key, value, attention_mask, **kwargs)
 

@@ -83,13 +83,17 @@ def _add(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, see
 
 def _locked(y: Tensor, x: Tensor) -> bool:
     """Whether y must not, or in autograd's eyes cannot, be changed in place."""
-    if torch._C._is_alias_of(y, x) or (y.is_inference() and not torch.is_inference_mode_enabled()):
+    if torch._C._is_alias_of(y, x):  # type: ignore[attr-defined]
+        return True
+    if y.is_inference() and not torch.is_inference_mode_enabled():
         return True
     owner = y if y._base is None else y._base
     if owner.is_leaf and owner.requires_grad:
         return True
-    view = y._base is not None and torch.is_grad_enabled()
-    return view and torch._C._autograd._get_creation_meta(y) != torch._C._autograd.CreationMeta.DEFAULT
+    if y._base is None or not torch.is_grad_enabled():
+        return False
+    autograd = torch._C._autograd  # type: ignore[attr-defined]
+    return autograd._get_creation_meta(y) != autograd.CreationMeta.DEFAULT
 
 
 def _plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, p: float, seed: Seed) -> Tensor:

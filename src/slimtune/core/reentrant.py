@@ -29,10 +29,20 @@ def open_checkpoints(model: nn.Module, anatomy: Anatomy, plan: Plan, delta: "Del
         path = tower.blocks[0]
         site = next(s for s in anatomy.sites if s.path == path and s.role == "block")
         slot = Slot(_Opens(), site, "checkpoint", f"{site.name}.checkpoint")
-        block = model.get_submodule(path)
+        block = model.get_submodule(_outermost(model, path))
         insert_at(block, plan).add(delta.name, slot)
         delta.hosts.append(block)
         hook_with(block, _open, pre=True)
+
+
+def _outermost(model: nn.Module, path: str) -> str:
+    """The widest module around a block that transformers checkpoints as one: Swin's blocks are in stages."""
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        outer = ".".join(parts[:end])
+        if any(c.__name__ == "GradientCheckpointingLayer" for c in type(model.get_submodule(outer)).__mro__):
+            return outer
+    return path
 
 
 def _open(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def save(delta: "Delta", folder: Path | str, *, final: bool = True, overwrite: bool = True) -> None:
     """Write the delta's folder, in one step. `final` drops reparametrisations; a checkpoint keeps them."""
+    for own in delta.owned:
+        own.follow()
     methods, tensors = delta.methods, dict(delta.state())
     if final:
         methods, tensors = _final(delta, tensors)

@@ -35,11 +35,18 @@ class Owned:
 
     def swap(self, active: bool) -> None:
         """Point the places at the delta's tensor, or back at the base's."""
-        new, old = (self.value, self.base) if active else (self.base, self.value)
-        if new.device != old.device:  # the model has moved since
-            new.data = new.data.to(old.device)
+        self.follow()
+        new = self.value if active else self.base
         for module, name in self.places:
             module._parameters[name] = new
+
+    def follow(self) -> None:
+        """Bring the tensor that does not stand in the model to where and what the other is now."""
+        module, name = self.places[0]
+        now = module._parameters[name]
+        for tensor in (self.base, self.value):
+            if now is not None and (tensor.device != now.device or tensor.dtype != now.dtype):
+                tensor.data = tensor.data.to(now.device, now.dtype)
 
 
 class Unfreeze(Method):

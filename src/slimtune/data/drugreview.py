@@ -4,7 +4,7 @@
 drugs.com, tab-separated, with the columns (row number) drugName condition review rating date
 usefulCount. Ratings are three classes: negative 161 / 95, neutral 54 / 36, positive 385 / 248 (grades
 below 5, 5 to 6, above 6). Reviews stand in a second pair of quotes and hold HTML entities; both are
-undone here. Four training reviews name no condition.
+undone here. One test review stands in train as well. Seven reviews name no condition.
 
 Install it without its dependencies, none of which is needed, and never import it: its `__init__`
 downloads a model and unpickles a tokenizer.

@@ -84,9 +84,9 @@ def _classification(predictions: Any, references: Any) -> dict[str, float]:
     guess = scores.argmax(-1) if scores.ndim == 2 else scores
     result = {"accuracy": accuracy_score(truth, guess),
               "macro_f1": f1_score(truth, guess, average="macro", zero_division=0)}  # type: ignore[arg-type]
-    classes = scores.shape[1] if scores.ndim == 2 else len({*truth.tolist(), *guess.tolist()})
-    if classes <= 2:
-        result["matthews"] = matthews_corrcoef(truth, guess)
+    seen = len({*truth.tolist(), *guess.tolist()})
+    if (scores.shape[1] if scores.ndim == 2 else seen) <= 2:
+        result["matthews"] = matthews_corrcoef(truth, guess) if seen == 2 else 0.0
     return result
 
 

@@ -41,9 +41,16 @@ def prepare(spec: DataSpec, tokenizer: "Tokenizer") -> Prepared:
     Errors: DataError, ExtraError.
 
     Example:
-        >>> data = prepare(DataSpec(task="classification", dataset="drugreview"), tokenizer)  # doctest: +SKIP
-        >>> data.label_names, len(data.train), len(data.validation), len(data.test)           # doctest: +SKIP
-        (('negative', 'neutral', 'positive'), 540, 60, 379)
+        >>> import pathlib, tempfile, transformers
+        >>> words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "film"]
+        >>> tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     path = pathlib.Path(home, "train.csv")
+        ...     _ = path.write_text("text,label\\ngood,pos\\nfilm,neg\\ngood film,pos\\n")
+        ...     spec = DataSpec(task="classification", train=str(path), validation_fraction=0)
+        ...     data = prepare(spec, tokenizer)
+        >>> data.label_names, data.collate([data.train[0], data.train[2]])["input_ids"].tolist()
+        (('neg', 'pos'), [[2, 5, 3, 0], [2, 5, 6, 3]])
     """
     family = FAMILIES[spec.task]
     make_ready(tokenizer, spec)

@@ -4,11 +4,13 @@ from pathlib import Path
 from torch import nn
 
 from slimtune.core.delta import Delta
+from slimtune.core.deltafile import MANIFEST
 from slimtune.core.load import load_delta
+from slimtune.io.peft import is_peft, load_peft
 
 
 def load(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta:
-    """The delta saved in a folder, attached to the model and active.
+    """The delta saved in a folder, attached to the model and active: slimtune's own (delta.json), or PEFT's.
 
     Errors: DeltaError for a folder that does not verify, another base, or tensors that do not fit; the
     model is left as it was.
@@ -22,4 +24,6 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta
         ...     load(tiny("bert"), home + "/sst2").count().adapter
         256
     """
+    if is_peft(folder) and not (Path(folder) / MANIFEST).exists():
+        return load_peft(model, folder, name)
     return load_delta(model, folder, name)

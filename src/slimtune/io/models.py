@@ -101,8 +101,8 @@ def load_tokenizer(name_or_path: str | Path, words: bool = False) -> "PreTrained
     try:
         return AutoTokenizer.from_pretrained(str(source), local_files_only=isinstance(source, Path),
                                              trust_remote_code=False, padding_side="right", **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _unreadable(source, "tokenizer", error) from None
+    except Exception as error:  # transformers and tokenizers have no kind in common
+        raise _unreadable(source, "tokenizer", error) from error
 
 
 def load_model(name_or_path: str | Path, task: Task, *, num_labels: int | None = None,
@@ -132,8 +132,8 @@ def load_model(name_or_path: str | Path, task: Task, *, num_labels: int | None =
                 ignore_mismatched_sizes=True, output_loading_info=True, **options)
     except SlimtuneError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise _unreadable(source, f"model for {task}", error) from None
+    except Exception as error:  # transformers, safetensors and torch have no kind in common
+        raise _unreadable(source, f"model for {task}", error) from error
     _report(source, model, report, seed)
     return model
 

@@ -68,7 +68,7 @@ _NEUTRAL = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_pat
 _LORA_NEUTRAL = {
     "fan_in_fan_out",  # PEFT itself corrects it by the module's class; A and B have one layout
     "megatron_core", "qalora_group_size", "eva_config", "ensure_weight_tying", "loftq_config", "corda_config",
-    "lora_ga_config"}  # these matter with an `init_lora_weights` that is refused below, or at the start of training only
+    "lora_ga_config"}  # these matter at the start of training, or with an `init_lora_weights` that is refused below
 _IA3_NEUTRAL = {"fan_in_fan_out", "init_ia3_weights"}
 _PROMPT_NEUTRAL = {"num_layers", "num_attention_heads", "prompt_tuning_init", "prompt_tuning_init_text",
                    "tokenizer_name_or_path", "tokenizer_kwargs"}
@@ -140,7 +140,7 @@ def _refuse_lora(fields: LoraFields, where: str) -> None:
     init = fields.init_lora_weights
     if isinstance(init, str) and init not in _BASE_KEPT:
         raise DeltaError(f"{where}: init_lora_weights is '{init}', which changes the base's own weights.",
-                         "Save it in peft with path_initial_model_for_weight_conversion (a plain LoRA), then load that.",
+                         "Save it in peft with path_initial_model_for_weight_conversion: a plain LoRA. Load that.",
                          NOTHING)
 
 

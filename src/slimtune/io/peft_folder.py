@@ -15,8 +15,8 @@ from slimtune.errors import DeltaError, listing
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MANIFEST = "slimtune.json"
 NOTHING = "Nothing was loaded."
-_CONVERT = ("A pickle can run code when it is opened, so it was not. In an environment you trust, load it with peft and "
-            "call save_pretrained(folder, safe_serialization=True), then load that folder.")
+_CONVERT = ("A pickle can run code when it is opened, so it was not. In an environment you trust, load it with peft, "
+            "call save_pretrained(folder, safe_serialization=True), and load that folder.")
 
 
 def is_peft(folder: Path | str) -> bool:
@@ -54,9 +54,9 @@ def _bytes(folder: Path, name: str) -> bytes:
     except OSError as error:
         inner = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}")) if folder.is_dir() else []
         there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+        more = f"PEFT folders inside it: {listing(inner, 12)}. Name one of them." if inner else NOTHING
         raise DeltaError(f"{folder}: {name} could not be read ({error.strerror or error}).",
-                         f"There is: {listing(there, 12) or 'nothing'}.",
-                         f"PEFT folders inside it: {listing(inner, 12)}. Name one of them." if inner else NOTHING) from error
+                         f"There is: {listing(there, 12) or 'nothing'}.", more) from error
 
 
 def write_peft(folder: Path | str, config: Mapping[str, Any], tensors: Mapping[str, Tensor],

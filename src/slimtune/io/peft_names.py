@@ -149,7 +149,7 @@ def site_patterns(anatomy: Anatomy, sites: Sequence[Site]) -> tuple[str, ...]:
             labelled.setdefault(label, set()).add(site.name)
     chosen: list[str] = []
     covered: set[str] = set()
-    for site in sites:
+    for site in (s for s in anatomy.sites if s.name in wanted):
         if site.name not in covered:
             chosen.append(next(label for label in site.labels if labelled[label] <= wanted))
             covered |= labelled[chosen[-1]]

@@ -59,7 +59,7 @@ def _head(source: Source, found: Found, root: nn.Module | None) -> list[str]:
     given = {path: found.plain.pop(path) for path in own if path in found.plain}
     if found.plain:
         raise DeltaError(f"{source.where}: {next(iter(found.plain))!r} belongs to nothing that slimtune reads.",
-                         f"It reads the adapter's own tensors, norms and the head ({listing(heads) or 'there is none'}).",
+                         f"It reads the adapter's own tensors, norms and the head ({listing(heads) or 'none here'}).",
                          NOTHING)
     if not given:
         return []

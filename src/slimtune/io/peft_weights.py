@@ -10,15 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from slimtune.core.method import Method
+from slimtune.core.method import Method, from_config
 from slimtune.core.sites import Site
 from slimtune.errors import DeltaError, listing
 from slimtune.io.peft_config import Ia3Fields, LoraFields, Targeted
 from slimtune.io.peft_folder import NOTHING
 from slimtune.io.peft_names import NORM, Modules, linear_sites, no_site, pattern_value, site_patterns
-from slimtune.methods.ia3 import IA3
-from slimtune.methods.lora import LoRA
-from slimtune.methods.norm_tuning import NormTuning
 
 
 @dataclass
@@ -39,7 +36,7 @@ class Source:
     tensors: Mapping[str, Tensor]
     modules: Modules
 
-    def split(self, pattern: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    def split(self, pattern: str = "") -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """({module: {parameter: value}} of keys `<module>.<pattern>`, {path: value} of the others)."""
         own: dict[str, dict[str, Tensor]] = {}
         plain: dict[str, Tensor] = {}
@@ -48,7 +45,7 @@ class Source:
             if name == key:
                 raise DeltaError(f"{self.where}: {key!r} is no name of PEFT's: it does not start with base_model.",
                                  NOTHING)
-            if match := re.fullmatch(rf"(.+)\.{pattern}", name):
+            if pattern and (match := re.fullmatch(rf"(.+)\.{pattern}", name)):
                 own.setdefault(self.modules.must(match[1], self.where), {})[match[2]] = value
             else:
                 path, _, last = name.rpartition(".")
@@ -106,8 +103,9 @@ def read_lora(source: Source, fields: LoraFields) -> Found:
     for number, ((rank, alpha), members) in enumerate(groups.items(), 1):
         key = "lora" if number == 1 else f"lora_{number}"
         patterns = site_patterns(source.modules.anatomy, [site for site, _, _ in members])
-        found.methods.append(LoRA(rank=rank, alpha=alpha, dropout=fields.lora_dropout, rslora=fields.use_rslora,
-                                  sites=patterns, head="none"))
+        found.methods.append(from_config({
+            "name": "lora", "rank": rank, "alpha": alpha, "dropout": fields.lora_dropout, "rslora": fields.use_rslora,
+            "sites": patterns, "head": "none"}))
         for site, a, b in members:
             found.state |= {f"{site.name}.{key}.A": a, f"{site.name}.{key}.B": b}
     return found
@@ -121,11 +119,10 @@ def read_ia3(source: Source, fields: Ia3Fields) -> Found:
     found = Found(plain=plain)
     for path, values in own.items():
         if source.modules.named(fields.feedforward_modules, path):
-            site = next((s for s in anatomy.sites if s.path == path and s.at == "input"), None)
-            if site is None:
-                raise DeltaError(f"{source.where}: {path} is a feed-forward module, whose input is no site of slimtune on "
-                                 f"{anatomy.model_type}.", "It has the inputs of: "
-                                 + listing(dict.fromkeys(s.path for s in anatomy.sites if s.at == "input"), 8), NOTHING)
+            inputs = {s.path: s for s in anatomy.sites if s.at == "input"}
+            if (site := inputs.get(path)) is None:
+                raise DeltaError(f"{source.where}: {path} is a feed-forward module, whose input is no site of slimtune "
+                                 f"on {anatomy.model_type}.", f"It has the inputs of: {listing(inputs, 8)}.", NOTHING)
             expect(values, {"ia3_l": (1, site.d_in)}, path, source.where)
             here, vector = [site], values["ia3_l"][0]
         else:
@@ -136,7 +133,7 @@ def read_ia3(source: Source, fields: Ia3Fields) -> Found:
             found.state[f"{site.name}.ia3.l"] = vector[slice(*site.part) if site.part else slice(None)]
         sites += here
     if sites:
-        found.methods.append(IA3(sites=site_patterns(anatomy, sites), head="none"))
+        found.methods.append(from_config({"name": "ia3", "sites": site_patterns(anatomy, sites), "head": "none"}))
     return found
 
 
@@ -165,7 +162,8 @@ def norm_method(source: Source, found: Found) -> None:
         expect(values, shapes, path, source.where)
         found.state |= {f"own.{path}.{n}": value for n, value in values.items()}
     if paths:
-        found.methods.append(NormTuning(sites=site_patterns(anatomy, [norms[p] for p in paths]), head="none"))
+        patterns = site_patterns(anatomy, [norms[p] for p in paths])
+        found.methods.append(from_config({"name": "norm_tuning", "sites": patterns, "head": "none"}))
 
 
 Reader = Callable[[Source, Any], Found]

@@ -17,7 +17,7 @@ class Full(Unfreeze):
 
     silent: ClassVar[dict[str, str]] = {
         r"\.mask_token$": "used in pre-training only",
-        r"(key|k_proj|k_lin|key_proj)\.bias$": "softmax ignores a shift of all keys by one vector"}
+        r"(key|k_proj|k_lin|key_proj|attn\.k)\.bias$": "softmax ignores a shift of all keys by one vector"}
 
     def tensors(self, build: Builder) -> list[str]:
         heads = tuple(head + "." for head in build.anatomy.heads)

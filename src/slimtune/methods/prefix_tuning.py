@@ -23,6 +23,8 @@ from slimtune.core import Bound, KeysValues, Params, Site, Slot, affine, kaiming
 class PrefixTuning(KeysValues):
     """l pairs of keys and values an attention.
 
+    positions="before" lets the prefix take the first l positions, as the paper's code does, where it is a cache.
+
     Trains 2 l d numbers an attention: 552,960 on BERT-base at l = 30; with hidden = 512 it trains
     9,872,384 and stores 552,960.
 
@@ -71,6 +73,8 @@ class PrefixTuning(KeysValues):
             return None
         state: dict[str, Tensor] = {}
         for slot in slots:
+            if slot.kind != "kv":
+                continue
             like = next(iter(slot._shared[0].parameters()))
             key, value = self.keys_values(slot.bind(like))
             state |= {f"{slot.label}.key": key.detach(), f"{slot.label}.value": value.detach()}

@@ -71,8 +71,9 @@ class Recipe(BaseModel):
     method: Annotated[tuple[OneMethod, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
         description="what is trained: a method, {name: lora, rank: 8}, or a list of them, which is their union")
     data: DataSpec = Field(description="what is read")
+    seed: int = Field(0, ge=0, lt=2**32, description="of new weights; and, where train.seed is not given, of the order "
+                      "of the examples and of dropout. data.seed, which draws splits, stays apart")
     train: TrainSpec = Field(default_factory=TrainSpec, description="how it is trained")
-    seed: int = Field(0, ge=0, lt=2**32, description="of new weights, of the order of the examples, and of dropout")
     output: str = Field(default_factory=lambda data: f"runs/{data['name']}", min_length=1,
                         description="folder of the run; by default runs/NAME")
 
@@ -88,6 +89,18 @@ class Recipe(BaseModel):
         if not NAME.fullmatch(name):
             raise ValueError("a name has letters, digits, '_', '-' and '.', and begins with a letter or digit")
         return name
+
+    @field_validator("train")
+    @classmethod
+    def _seeded(cls, train: TrainSpec, info: ValidationInfo) -> TrainSpec:
+        if "seed" in train.model_fields_set:
+            return train
+        return train.model_copy(update={"seed": info.data.get("seed", 0)})
+
+    @property
+    def delta_name(self) -> str:
+        """The run's name as a delta's, which holds no dots."""
+        return self.name.replace(".", "_")
 
     @property
     def folder(self) -> Path:

@@ -175,7 +175,7 @@ def train(model: nn.Module, delta: Delta, inputs: dict[str, Tensor], steps: int 
     """AdamW on one batch; the loss before each step and after the last."""
     from slimtune.testing.tiny import loss
 
-    optimizer = torch.optim.AdamW(delta.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(delta.parameters(), lr=lr, weight_decay=0.0, fused=True)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad(set_to_none=True)

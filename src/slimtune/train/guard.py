@@ -15,7 +15,7 @@ from slimtune.train.checkpoint import last_checkpoint
 log = logging.getLogger("slimtune")
 
 
-class Interrupted(SlimtuneError):
+class Interrupted(SlimtuneError):  # noqa: N818
     """A run that was told to stop (Ctrl-C, SIGTERM), and saved a checkpoint that resumes it."""
 
     exit_code = 3
@@ -117,4 +117,4 @@ class Finite:
 def digest(tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's bits."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().tobytes() if data.numel() else b"").digest()
+    return hashlib.sha256(data.numpy()).digest()

@@ -3,6 +3,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from slimtune.data.metrics import METRICS
+from slimtune.errors import RecipeError, listing
+
 
 class TrainSpec(BaseModel):
     """Length, batches, optimizer, schedule, checkpoints and seed of a run.
@@ -61,3 +64,16 @@ class TrainSpec(BaseModel):
         if self.best_mode is not None and self.best is None:
             raise ValueError("best_mode says how to compare best: give best, the metric it compares")
         return self
+
+
+def more_is_better(spec: TrainSpec) -> bool:
+    """Whether more of `best` is better. Errors: RecipeError for a metric that is not known to slimtune."""
+    name = (spec.best or "loss").removeprefix("eval_")
+    if spec.best_mode is not None:
+        return spec.best_mode == "max"
+    if name == "loss":
+        return False
+    if name not in METRICS:
+        raise RecipeError(f"train.best: is more or less of '{name}' better?", "Set train.best_mode=max or min.",
+                          f"Known are: loss {listing(METRICS)}")
+    return METRICS[name].higher

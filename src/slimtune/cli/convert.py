@@ -1,0 +1,21 @@
+"""`slimtune convert`: a delta from PEFT's format to ours, or back."""
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from slimtune.cli.console import size, verb
+
+
+@verb
+def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a PEFT adapter, a delta or a run.")],
+            target: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must not hold other files.")],
+            to: Annotated[Literal["peft", "slimtune"] | None, typer.Option(
+                help="Format to write; by default the other one.")] = None,
+            model: Annotated[str, typer.Option(help="The model it was trained on; by default the one it names.")] = "",
+            ) -> None:
+    """Convert a delta between slimtune's format and PEFT's, and prove that it loads."""
+    from slimtune.recipe.convert import convert as run
+
+    done = run(Path(source), Path(target), to, model or None)
+    print(f"{target}: {done.format}, {done.tensors} tensors, {size(done.size)}")

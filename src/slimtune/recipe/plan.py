@@ -1,0 +1,91 @@
+"""plan: what a recipe would train, from shapes alone: the model is built on the meta device, the data is read."""
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from slimtune.core import Count, Delta, attach
+from slimtune.core.unfreeze import base_parameters
+from slimtune.data import DataSpec, prepare
+from slimtune.data.examples import Prepared
+from slimtune.io.models import load_model, load_tokenizer
+from slimtune.recipe.tree import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """count: numbers trained and stored; memory: bytes; steps: of data and optimizer, for people; notes: what it lacks."""
+
+    count: Count
+    memory: dict[str, int]
+    steps: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Read the data if it is local, attach the method to the model's shapes, and count. Trains nothing.
+
+    Errors: those that the run itself would begin with: DataError, SiteError, MethodError, SlimtuneError.
+    """
+    notes: list[str] = []
+    data = None
+    if is_local(recipe.data):
+        data = prepare(recipe.data, load_tokenizer(recipe.model, recipe.data.task == "token_classification"))
+    else:
+        notes.append("the data is not on this machine and was not read: it has no steps here, and the head is "
+                     "counted for the labels of data.labels, or those of the model's config")
+    labels = data.label_names if data else recipe.data.labels or ()
+    model = load_model(recipe.model, recipe.data.task, label_names=labels, meta=True)
+    delta = attach(model, recipe.method, recipe.delta_name, seed=recipe.seed)
+    notes.append("activations are not estimated: `slimtune tune` reports the peak memory that it measured")
+    return Plan(delta.count(), memory(model, delta), steps(recipe, data), notes)
+
+
+def is_local(spec: DataSpec) -> bool:
+    """Whether the data can be read without a network."""
+    if spec.source == "files":
+        return True
+    names = [spec.dataset] if spec.dataset else [s.partition(":")[0] for s in (spec.train, spec.test) if s]
+    return all(Path(name).expanduser().is_dir() for name in names if name)
+
+
+def memory(model: nn.Module, delta: Delta) -> dict[str, int]:
+    """Bytes of weights, delta, gradients, optimizer state, and the delta's file."""
+    state = delta.state()
+    size = sum(t.nbytes for t in state.values())
+    trained = sum(p.nbytes for p in delta.parameters())
+    count = delta.count()
+    held = sum(t.numel() for t in state.values())
+    base = sum(p.nbytes for p in base_parameters(model).values()) + sum(b.nbytes for b in model.buffers())
+    return {"backbone and head": base, "delta": size, "gradients": trained, "optimizer state": 2 * trained,
+            "delta file": round(size * count.stored / max(held, 1)) + 8 + 120 * len(state)}
+
+
+def steps(recipe: Recipe, data: Prepared | None) -> dict[str, str]:
+    """Examples and tokens of each split, steps of an epoch and of the run."""
+    told: dict[str, str] = {}
+    if data is None:
+        return told | ({"steps": f"{recipe.train.steps:,}"} if recipe.train.steps else {})
+    for name in ("train", "validation", "test"):
+        split = getattr(data, name)
+        if split is not None:
+            cut = f", {split.cut:,} cut to {recipe.data.max_length} tokens" if split.cut else ""
+            told[name] = f"{len(split):,} examples, {split.tokens:,} tokens{cut}"
+    if data.label_names:
+        told["labels"] = f"{len(data.label_names)}"
+    if data.train is not None:
+        each = steps_of_epoch(len(data.train), recipe.train.batch_size, recipe.train.gradient_accumulation)
+        told["steps an epoch"] = f"{each:,}"
+        told["steps"] = f"{recipe.train.steps or math.ceil(each * recipe.train.epochs):,}"
+    return told
+
+
+def steps_of_epoch(examples: int, batch: int, accumulation: int) -> int:
+    """Optimizer steps of one pass over the data.
+
+    Example:
+        >>> steps_of_epoch(100, 16, 2)
+        4
+    """
+    return max(math.ceil(math.ceil(examples / batch) / accumulation), 1)

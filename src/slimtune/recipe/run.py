@@ -1,0 +1,169 @@
+"""run: from a recipe to a finished run folder, resumable at any moment."""
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from slimtune.core import Delta, attach
+from slimtune.core.load import load_delta
+from slimtune.data import prepare
+from slimtune.data.examples import Prepared
+from slimtune.data.metrics import Score
+from slimtune.errors import RecipeError, listing, suggest
+from slimtune.io.models import load_model, load_tokenizer
+from slimtune.methods import to_config
+from slimtune.recipe.card import card
+from slimtune.recipe.env import environment, version
+from slimtune.recipe.folder import (
+    CARD,
+    DELTA,
+    ENV,
+    RESULT,
+    begin,
+    check_folder,
+    only_one,
+    read_json,
+    write_json,
+    write_text,
+)
+from slimtune.recipe.scoring import finite, scoring
+from slimtune.recipe.tree import Recipe
+from slimtune.train import TrainResult, evaluate, fit
+from slimtune.train.predict import Step
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run. values: what result.json holds; again: it was finished before, and nothing was done."""
+
+    folder: Path
+    values: dict[str, Any]
+    again: bool = False
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """{split: {metric: value}}."""
+        return self.values["metrics"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run works with."""
+
+    model: nn.Module
+    tokenizer: Any
+    data: Prepared
+    delta: Delta
+    score: Score
+    step: Step
+
+
+def run(recipe: Recipe, *, resume: Literal["auto", False] = "auto", report: Report | None = None) -> Result:
+    """Train, evaluate on the test split, and save everything in the run's folder.
+
+    The folder gets recipe.yaml (resolved), env.json, metrics.jsonl, checkpoint-<step>/, delta/, card.md and at last
+    result.json. A run that was stopped goes on from its newest checkpoint, bitwise; a finished one is not run
+    again. What is scored is the delta as it was saved, loaded back.
+
+    report: see `slimtune.train.fit`. Errors: RecipeError for a folder that holds something else, DataError,
+    MethodError, SiteError (nothing is written then); TrainError; Interrupted when told to stop.
+    """
+    begun = time.monotonic()
+    check_folder(recipe, resume == "auto")
+    if (recipe.folder / RESULT).is_file():
+        return Result(recipe.folder, read_json(recipe.folder / RESULT), again=True)
+    parts = load(recipe)
+    begin(recipe)
+    with only_one(recipe.folder):
+        write_json(recipe.folder / ENV, environment())
+        trained = fit(parts.delta, parts.data.train, parts.data.validation, parts.data.collate, parts.score,
+                      recipe.train, recipe.folder, report=report, step=parts.step)
+        return _finish(recipe, parts, trained, begun)
+
+
+def load(recipe: Recipe) -> Parts:
+    """Tokenizer, data, model and delta of a recipe, ready to train."""
+    spec = recipe.data
+    tokenizer = load_tokenizer(recipe.model, words=spec.task == "token_classification")
+    data = prepare(spec, tokenizer)
+    if data.train is None:
+        raise RecipeError("data.train: is missing; there is nothing to train on.", "Give data.train or data.dataset.")
+    _check_best(recipe, data)
+    model = load_model(recipe.model, spec.task, label_names=data.label_names, seed=recipe.seed)
+    delta = attach(model, recipe.method, recipe.delta_name, seed=recipe.seed)
+    delta.info.update(about(recipe, data.label_names))
+    score, step = scoring(spec, data.label_names, tokenizer)
+    return Parts(model, tokenizer, data, delta, score, step)
+
+
+def about(recipe: Recipe, labels: Sequence[str]) -> dict[str, Any]:
+    """What a delta's file says of its use."""
+    spec = recipe.data
+    told = {"task": spec.task, "labels": list(labels), "model": recipe.model, "max_length": spec.max_length,
+            "text": spec.text}
+    extra = {"pair": spec.pair, "target": spec.target if spec.task == "seq2seq" else None,
+             "max_target_length": spec.max_target_length}
+    return told | {key: value for key, value in extra.items() if value is not None}
+
+
+_MEASURED = {"classification": ("accuracy", "macro_f1", "matthews"), "regression": ("pearson", "spearman", "mse"),
+             "token_classification": ("accuracy", "token_f1", "entity_f1"), "seq2seq": ("bleu", "chrf", "rougeL"),
+             "causal_lm": ("perplexity", "token_loss")}
+
+
+def _check_best(recipe: Recipe, data: Prepared) -> None:
+    """Said before training, not at the first evaluation."""
+    best = recipe.train.best
+    if best is None:
+        return
+    if data.validation is None:
+        raise RecipeError("train.best: there is no validation data to choose by.",
+                          "Give data.validation, set data.validation_fraction, or leave train.best out.")
+    known = ("loss", *_MEASURED[data.task])
+    if best.removeprefix("eval_") not in known:
+        raise RecipeError(f"train.best: {data.task} has no metric '{best}'.", f"It has: {listing(known)}",
+                          suggest(best, known))
+
+
+def _finish(recipe: Recipe, parts: Parts, trained: TrainResult, begun: float) -> Result:
+    """Save the delta, load it back, score that, and write what is known of the run; result.json last."""
+    folder, data = recipe.folder, parts.data
+    counts = parts.delta.count()
+    parts.delta.save(folder / DELTA)
+    parts.delta.detach()
+    load_delta(parts.model, folder / DELTA)
+    scores: dict[str, Any] = {}
+    judged = time.monotonic()
+    if trained.metrics:
+        scores["validation"] = finite(trained.metrics)
+    if data.test is not None:
+        scores["test"] = finite(evaluate(parts.model, data.test, data.collate, parts.score,
+                                         recipe.train.eval_batch_size, step=parts.step,
+                                         precision=recipe.train.precision))
+    ended = time.monotonic()
+    splits = {name: split for name in ("train", "validation", "test") if (split := getattr(data, name)) is not None}
+    values = {
+        "slimtune": version("slimtune"), "name": recipe.name, "task": data.task, "model": recipe.model,
+        "method": [to_config(method) for method in recipe.method], "labels": list(data.label_names),
+        "counts": counts.as_dict(), "percent": counts.percent, "metrics": scores,
+        "examples": {name: len(split) for name, split in splits.items()},
+        "cut": {name: split.cut for name, split in splits.items()},
+        "steps": trained.steps, "epochs": trained.epochs,
+        "best_step": trained.best.name.rpartition("-")[2] if trained.best else None,
+        "resumed_from": trained.resumed_from.name if trained.resumed_from else None,
+        "stopped_early": trained.stopped_early,
+        "seconds": {"train": trained.seconds, "test": ended - judged, "all": ended - begun},
+        "peak_memory": trained.peak_memory_mb, "added_memory": trained.added_memory_mb,
+        "files": {DELTA: sum(p.stat().st_size for p in (folder / DELTA).iterdir()),
+                  **{p.name: p.stat().st_size for p in sorted((folder / DELTA).iterdir())}},
+        "units": {"seconds": "s, of the last process", "peak_memory": "MiB, resident, highest while training",
+                  "added_memory": "MiB, above that at the start of training", "files": "bytes"},
+    }
+    write_text(folder / CARD, card(recipe, values, read_json(folder / ENV)))
+    write_json(folder / RESULT, values)
+    return Result(folder, values)

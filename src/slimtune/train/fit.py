@@ -1,0 +1,203 @@
+"""fit: train a delta on examples, in a folder that a killed run can be resumed from."""
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from slimtune.core.delta import Delta
+from slimtune.data.examples import Collate
+from slimtune.errors import DataError, DeltaError, RecipeError, TrainError
+from slimtune.train.checkpoint import checkpoints, last_checkpoint, prune, read_checkpoint, remove, step_of, tidy
+from slimtune.train.guard import Interrupted
+from slimtune.train.journal import Journal
+from slimtune.train.memory import PeakMemory
+from slimtune.train.predict import Score, Step, evaluate, logits
+from slimtune.train.signals import Signals
+from slimtune.train.spec import TrainSpec, more_is_better
+from slimtune.train.state import kept_rng
+
+log = logging.getLogger("slimtune")
+Report = Callable[[dict[str, Any]], None]
+FREE = ("threads", "keep", "save_every", "eval_every", "eval_batch_size", "log_every", "patience")
+"""What may differ when a run is resumed: it changes no number that is trained."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    steps: optimizer steps in all; epochs: passes over the data; seconds: of this call, evaluation included.
+    peak_memory_mb: highest resident memory during the run, MiB; added_memory_mb: above that at its start.
+    metrics: those of the validation data for the delta as it is now: the best, or the last.
+    best: the checkpoint that was chosen, if `best` was asked for. resumed_from: where this call began.
+    history: the lines of metrics.jsonl.
+    """
+
+    steps: int
+    epochs: float
+    seconds: float
+    peak_memory_mb: float
+    added_memory_mb: float
+    metrics: dict[str, float]
+    best: Path | None
+    resumed_from: Path | None
+    stopped_early: bool
+    history: list[dict[str, Any]] = field(repr=False)
+
+
+def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Collate, metric_fn: Score | None,
+        spec: TrainSpec, folder: Path | str, *, resume: Literal["auto", False] | Path | str = "auto",
+        report: Report | None = None, step: Step = logits) -> TrainResult:
+    """Train the delta, in place, and leave it at its best or last step; the model is left in its mode.
+
+    The folder gets checkpoint-<step> folders and metrics.jsonl. The same delta, data and spec give the same
+    bits in any process, and so does a run that was stopped at any moment and resumed, provided that `collate`
+    draws no random numbers.
+
+    resume: "auto" goes on from the newest checkpoint that verifies, if there is one; False starts over and
+    deletes the checkpoints in the folder; a path goes on from that checkpoint and deletes later ones.
+    report: is called with {"event": "start" | "step" | "log" | "evaluate" | "save", "step": ..., "steps": ...}.
+    step: how predictions are made for metric_fn; see `slimtune.train.predict`.
+
+    Errors: TrainError for a run that fails, Interrupted (exit code 3) for one that was told to stop and can
+    be resumed, RecipeError for a spec that the folder's run was not begun with, DataError for no examples.
+
+    Example:
+        >>> result = fit(delta, train, validation, collate, metric_fn, TrainSpec(), "run")  # doctest: +SKIP
+        >>> result.metrics["accuracy"]                                                      # doctest: +SKIP
+        0.91
+    """
+    from slimtune.train.flow import make_trainer
+
+    folder = _checked(delta, train_data, validation_data, metric_fn, spec, Path(folder))
+    start, memory = time.monotonic(), PeakMemory()
+    facts = {"spec": spec.model_dump(mode="json"), "data": fingerprint(train_data, collate)}
+    begun = _begin(folder, resume, facts)
+    journal = Journal(folder)
+    journal.rewind(step_of(begun) if begun else -1)
+
+    def judge() -> dict[str, float]:
+        return evaluate(delta.model, validation_data, collate, metric_fn, spec.eval_batch_size, step=step,
+                        precision=spec.precision)
+
+    with _surroundings(delta, spec), Signals() as signals:
+        trainer = make_trainer(delta, train_data, validation_data, judge, collate, spec, folder, facts, journal,
+                               report, signals)
+        trainer.train(resume_from_checkpoint=begun)
+        state = trainer.state
+        if signals.told and state.global_step < state.max_steps:
+            raise Interrupted(f"interrupted by {signals.told} after step {state.global_step} of {state.max_steps}.",
+                              f"Saved: {last_checkpoint(folder)}. Run it again to go on from there.")
+        if spec.best is not None and state.best_model_checkpoint:
+            trainer._load_best_model()
+    at = state.best_global_step if spec.best is not None and state.best_global_step else state.global_step
+    return TrainResult(
+        steps=state.global_step, epochs=float(state.epoch or 0), seconds=time.monotonic() - start,
+        peak_memory_mb=memory.peak(), added_memory_mb=memory.peak() - memory.start,
+        metrics=_metrics_at(state.log_history, at),
+        best=Path(state.best_model_checkpoint) if spec.best is not None and state.best_model_checkpoint else None,
+        resumed_from=begun, stopped_early=state.global_step < state.max_steps, history=journal.lines())
+
+
+def _checked(delta: Delta, train_data: Any, validation_data: Any, metric_fn: Any, spec: TrainSpec,
+             folder: Path) -> Path:
+    if not len(train_data):
+        raise DataError("there are no examples to train on.")
+    if not delta.active:
+        raise DeltaError(f"delta '{delta.name}' is not active.", "Call delta.activate() first.")
+    if spec.best is not None:
+        if validation_data is None:
+            raise RecipeError("train.best: there is no validation data to choose by.",
+                              "Give data.validation, set data.validation_fraction, or leave train.best out.")
+        more_is_better(spec)
+        if metric_fn is None and spec.best.removeprefix("eval_") != "loss":
+            raise RecipeError(f"train.best: '{spec.best}' needs a metric function.", "Without one there is: loss")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"{folder}: cannot be made: {error.strerror}.", "Choose another folder.") from error
+    return folder
+
+
+def fingerprint(data: Any, collate: Collate) -> dict[str, Any]:
+    """The number of examples, and a SHA-256 over up to eight of them, spread over the data."""
+    size = len(data)
+    chosen = sorted({i * (size - 1) // 7 for i in range(8)}) if size > 1 else [0]
+    digest = hashlib.sha256()
+    for key, value in sorted(collate([data[i] for i in chosen]).items()):
+        values = value.tolist() if isinstance(value, Tensor) else value
+        digest.update(json.dumps([key, values], default=str).encode())
+    return {"examples": size, "sample": digest.hexdigest()}
+
+
+def _begin(folder: Path, resume: Any, facts: Mapping[str, Any]) -> Path | None:
+    """The checkpoint to go on from, once it is sure that it is of this very run."""
+    tidy(folder)
+    if resume is False:
+        begun = None
+    elif resume == "auto":
+        begun = last_checkpoint(folder)
+        if begun is None and checkpoints(folder):
+            log.warning("%s: none of its checkpoints verifies; the run starts over", folder)
+    else:
+        begun = Path(resume)
+        if begun.parent.absolute() != folder.absolute():
+            raise TrainError(f"{begun}: not a checkpoint of {folder}.", "Copy it there to go on from it.")
+    if begun is not None:
+        found = read_checkpoint(begun)
+        _same(begun, found.facts.get("run"), facts)
+        best = json.loads(found.state).get("best_global_step")
+        prune(begun, facts["spec"]["keep"], begun.with_name(f"checkpoint-{best}"))   # its save may have been killed
+    if resume != "auto":
+        for other in checkpoints(folder):
+            if begun is None or step_of(other) > step_of(begun):
+                remove(other)
+    return begun
+
+
+def _same(path: Path, told: Any, own: Mapping[str, Any]) -> None:
+    over = "Set resume=False to start over, or choose another folder."
+    if not isinstance(told, dict) or not isinstance(told.get("spec"), dict):
+        raise TrainError(f"{path}: was not made by fit.", over)
+    for key, value in own["spec"].items():
+        if key not in FREE and told["spec"].get(key) != value:
+            raise RecipeError(f"train.{key}: this run was begun with {told['spec'].get(key)}, not with {value}.",
+                              f"Its folder is {path.parent}.", over)
+    if told.get("data") != own["data"]:
+        raise RecipeError("data: this run was begun with other training data.",
+                          f"Its folder is {path.parent}.", over)
+
+
+@contextmanager
+def _surroundings(delta: Delta, spec: TrainSpec) -> Iterator[None]:
+    """Threads, generators, checkpointing, the model's mode and config: given back as they were."""
+    model, threads = delta.model, torch.get_num_threads()
+    config = getattr(model, "config", None)
+    cache, modes = getattr(config, "use_cache", None), [(m, m.training) for m in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(kept_rng())
+        stack.callback(torch.set_num_threads, threads)
+        if config is not None and hasattr(config, "use_cache"):
+            stack.callback(setattr, config, "use_cache", cache)
+        stack.callback(lambda: [setattr(m, "training", mode) for m, mode in modes])
+        if spec.threads is not None:
+            torch.set_num_threads(spec.threads)
+        if spec.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_enable({"use_reentrant": False})   # type: ignore[operator]
+            stack.callback(model.gradient_checkpointing_disable)            # type: ignore[arg-type]
+        yield
+        for p in delta.parameters():
+            p.grad = None
+
+
+def _metrics_at(history: list[dict[str, Any]], step: int) -> dict[str, float]:
+    found = [line for line in history if line.get("step") == step and any(k.startswith("eval_") for k in line)]
+    return {k.removeprefix("eval_"): v for k, v in found[-1].items() if k.startswith("eval_")} if found else {}

@@ -1,0 +1,111 @@
+"""kill -9 at every file operation of a run; it then resumes unaided and ends bitwise as if nothing had happened."""
+import errno
+import gc
+import random
+import shutil
+
+import pytest
+from train_toys import SPEC, attached, entries, run, sha
+
+from slimtune.errors import TrainError
+from slimtune.testing.kill import failing_io, file_operations, run_killed, run_killed_after
+from slimtune.train import TrainSpec, last_checkpoint
+from slimtune.train.checkpoint import MANIFEST, verify_folder
+
+SHORT = TrainSpec(**{**SPEC.model_dump(), "steps": 2, "save_every": 1, "eval_every": 2, "log_every": 1, "keep": 1})
+"""Two steps, both saved; the second save deletes the first checkpoint."""
+ENDS_WITH = ["checkpoint-2", "metrics.jsonl"]
+
+
+@pytest.fixture(autouse=True)
+def quick_gc():
+    """accelerate collects garbage at every start, over all of torch: half a second, a hundred times."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    delta, result = run(folder, spec=SHORT)
+    assert entries(folder) == ENDS_WITH
+    return sha(delta), result.history
+
+
+def test_killed_at_every_file_operation(whole, tmp_path, capsys):
+    points = file_operations(lambda: run(tmp_path / "counted", spec=SHORT))
+    assert len(points) > 40
+    for n in range(1, len(points) + 1):
+        folder = tmp_path / "run"
+        assert run_killed(lambda folder=folder: run(folder, spec=SHORT), n), points[n - 1]
+        check_resumes(folder, whole, f"killed before operation {n}: {points[n - 1]}")
+    with capsys.disabled():
+        print(f"\n  kill -9 at {len(points)} file operations of a run of two saves: all resumed bitwise")
+
+
+def test_killed_at_random_times(whole, tmp_path):
+    draw = random.Random(0)
+    for _ in range(6):
+        folder = tmp_path / "run"
+        run_killed_after(lambda folder=folder: run(folder, spec=SHORT), draw.uniform(0.05, 0.5))
+        check_resumes(folder, whole, "killed at a random time")
+
+
+def test_killed_again_and_again(whole, tmp_path):
+    """Every attempt gets a few operations further, and none loses what the one before had saved."""
+    reached = []
+    for _ in range(40):
+        killed = run_killed(lambda: run(tmp_path / "run", spec=SHORT), 24)
+        reached.append(last_checkpoint(tmp_path / "run"))
+        if not killed:
+            break
+    steps = [int(path.name.partition("-")[2]) for path in reached if path]
+    assert steps == sorted(steps)
+    assert steps[-1] == 2
+    check_resumes(tmp_path / "run", whole, "killed again and again")
+
+
+def check_resumes(folder, whole, where):
+    delta, result = run(folder, spec=SHORT)
+    assert sha(delta) == whole[0], where
+    assert result.history == whole[1], where
+    assert entries(folder) == ENDS_WITH, where
+    verify_folder(folder / "checkpoint-2", manifest_name=MANIFEST)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(whole, tmp_path, kind):
+    """From the start of the second save on, at each of its operations, nothing can be written."""
+    points = file_operations(lambda: run(tmp_path / "counted", spec=SHORT))
+    starts = [i for i, point in enumerate(points, 1) if point.startswith("os.mkdir") and ".tmp-" in point]
+    ends = next(i for i, point in enumerate(points, 1) if i > starts[1] and point.startswith("os.rename"))
+    for n in range(starts[1], ends + 1, 3):
+        folder = tmp_path / f"{n}"
+        with failing_io(n, kind, sticky=True) as disk, pytest.raises(TrainError) as caught:
+            run(folder, spec=SHORT)
+        assert disk.failed
+        assert "step 2: the checkpoint was not saved" in str(caught.value)
+        assert "checkpoint-1; the run resumes from it" in str(caught.value)
+        assert caught.value.exit_code == 1
+        check_resumes(folder, whole, f"disk failed at {points[n - 1]}")
+
+
+def test_a_disk_that_is_full_for_the_log_ends_the_run(whole, tmp_path):
+    points = file_operations(lambda: run(tmp_path / "counted", spec=SHORT))
+    second = [i for i, point in enumerate(points, 1) if point.endswith("metrics.jsonl")][1]
+    with failing_io(second, errno.ENOSPC, sticky=True), pytest.raises(TrainError, match=r"metrics.jsonl.*No space"):
+        run(tmp_path / "run", spec=SHORT)
+    check_resumes(tmp_path / "run", whole, "disk full at the log")
+
+
+def test_a_failing_deletion_does_not_end_the_run(whole, tmp_path, monkeypatch, caplog):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("slimtune.train.checkpoint.shutil.rmtree", refuse)
+    delta, _ = run(tmp_path / "run", attached(), SHORT)
+    assert sha(delta) == whole[0]
+    assert "an old checkpoint could not be deleted" in caplog.text
