@@ -46,24 +46,27 @@ def test_a_prefix_before_is_a_cache(family):
         want = output(tiny(family), {**inputs, "past_key_values": cache})
         apart = tiny(family)
         slimtune.attach(apart, PrefixTuning(length=4, sites=SITES), state=state)
-        assert not torch.allclose(output(apart, batch(family, labels=family in ("t5", "bart"))), want, atol=1e-3) \
-            or family == "t5"
+        assert not torch.allclose(output(apart, batch(family, labels=family in ("t5", "bart"))), want, atol=1e-3)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_generation_counts_on_behind_the_prefix(family, tmp_path):
+    """The oracle is peft's forward, run anew for every token; its own generate is off on transformers 5.24."""
     from slimtune.io.peft import save_peft
 
     model, delta = attached(family)
     save_peft(delta, tmp_path)
     ids = batch(family)["input_ids"][:1, :5]
-    told = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False,
-            "pad_token_id": 1, "eos_token_id": None}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        theirs = peft.PeftModel.from_pretrained(tiny(family), tmp_path).eval().generate(**told)
-        assert torch.equal(model.generate(**told), theirs)
+        theirs, told = peft.PeftModel.from_pretrained(tiny(family), tmp_path).eval(), ids
+        for _ in range(6):
+            last = theirs(input_ids=told, attention_mask=torch.ones_like(told)).logits[:, -1:]
+            told = torch.cat([told, last.argmax(-1)], 1)
+        ours = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+                              pad_token_id=1, eos_token_id=None)
+    assert torch.equal(ours, told)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])

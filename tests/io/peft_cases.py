@@ -14,8 +14,9 @@ LORA = {"bert": ["query", "value"], "roberta": ["query", "value", "dense"], "dis
         "bart": ["q_proj", "v_proj", "fc1"], "vit": ["q_proj", "v_proj", "fc2"]}
 IA3 = {"bert": (["key", "value", "output.dense"], ["output.dense"]), "gpt2": (["c_attn", "mlp.c_proj"], ["mlp.c_proj"]),
        "roberta": (["key", "value", "output.dense"], ["output.dense"]), "t5": (["k", "v", "wo"], ["wo"]),
-       "distilbert": (["k_lin", "v_lin", "lin2"], ["lin2"]), "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]),
-       "bart": (["k_proj", "v_proj", "fc2"], ["fc2"]), "vit": (["k_proj", "v_proj", "fc2"], ["fc2"])}
+       "distilbert": (["k_lin", "v_lin", "lin2"], ["lin2"]),
+       "llama": (["k_proj", "v_proj", "down_proj"], ["down_proj"]), "bart": (["k_proj", "v_proj", "fc2"], ["fc2"]),
+       "vit": (["k_proj", "v_proj", "fc2"], ["fc2"])}
 FAMILIES = list(LORA)
 CAUSAL, SEQ2SEQ = ("gpt2", "llama"), ("t5", "bart")
 TOKENS = 7

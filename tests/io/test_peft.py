@@ -5,9 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-
 from peft_cases import FAMILIES, IA3, LORA, SEQ2SEQ, from_peft, in_peft, inputs, logits, peft, shake, task
+from safetensors.torch import load_file, save_file
 
 import slimtune
 from slimtune import methods
@@ -18,7 +17,8 @@ from slimtune.io.peft_names import site_patterns
 from slimtune.testing import tiny
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-SITES = {"lora": {f: ("attn.q", "attn.v", "mlp.up") for f in FAMILIES} | {"t5": ("attn.q", "cross.attn.v", "mlp.down")},
+SITES = {"lora": dict.fromkeys(FAMILIES, ("attn.q", "attn.v", "mlp.up")) |
+                 {"t5": ("attn.q", "cross.attn.v", "mlp.down")},
          "ia3": dict.fromkeys(FAMILIES, ("attn.k", "attn.v", "mlp.act"))}
 
 
@@ -160,7 +160,8 @@ def test_an_adapter_of_a_fused_projection_goes_in_and_out_bitwise(tmp_path):
 
 def test_ranks_and_scales_by_pattern_both_ways(tmp_path):
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "up_proj"], task_type="CAUSAL_LM",
-                             rank_pattern={"up_proj": 2, r"layers\.1\.self_attn\.q_proj": 4}, alpha_pattern={"v_proj": 7})
+                             rank_pattern={"up_proj": 2, r"layers\.1\.self_attn\.q_proj": 4},
+                             alpha_pattern={"v_proj": 7})
     want = from_peft("llama", config, tmp_path / "theirs")
     _, delta, _ = loaded("llama", tmp_path / "theirs", want)
     assert sorted((m.rank, m.alpha) for m in delta.methods) == [(2, 5.0), (3, 5.0), (3, 7.0), (4, 5.0)]
@@ -177,7 +178,8 @@ def test_two_loras_on_one_site_become_one(tmp_path):
     close(in_peft("llama", tmp_path), logits(model, "llama"))
 
 
-@pytest.mark.parametrize("targets", [r".*layers\.1\..*\.(q_proj|fc2)", ["layers.0.self_attn.q_proj", "encoder_attn.v_proj"]])
+@pytest.mark.parametrize("targets", [r".*layers\.1\..*\.(q_proj|fc2)",
+                                     ["layers.0.self_attn.q_proj", "encoder_attn.v_proj"]])
 def test_targets_by_regular_expression_and_by_path(targets, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=targets, task_type="SEQ_2_SEQ_LM")
     loaded("bart", tmp_path, from_peft("bart", config, tmp_path))
@@ -204,7 +206,7 @@ def test_norms_go_along_with_lora(family, tmp_path):
 def test_names_of_transformers_4(tmp_path):
     """A file of transformers 4, which peft cannot load any more; the oracle adds B A to the weights by hand."""
     g = torch.Generator().manual_seed(0)
-    model, tensors = tiny("vit"), {}
+    tensors = {}
     old = {"attention.attention.query": "attention.q_proj", "attention.attention.value": "attention.v_proj",
            "attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
     by_hand = tiny("vit")
@@ -221,7 +223,7 @@ def test_names_of_transformers_4(tmp_path):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["query", "value", "dense"],
               "modules_to_save": ["classifier"], "bias": "none", "fan_in_fan_out": False}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="target modules|not found|no module|No modules"):
+    with pytest.raises(ValueError, match="No modules were targeted"):
         peft.PeftModel.from_pretrained(tiny("vit"), tmp_path)
     _, delta, _ = loaded("vit", tmp_path, logits(by_hand, "vit"))
     assert delta.methods[0].sites == ("attn.q", "attn.v", "attn.o", "mlp.up", "mlp.down")
@@ -274,7 +276,8 @@ def test_a_delta_of_peft_is_saved_in_our_folder(tmp_path):
 def test_endings_name_the_wanted_and_nothing_else(chosen):
     from slimtune.io.peft_names import matches
 
-    universe = [f"{a}.{i}.{b}.{c}" for a in ("enc", "dec") for i in range(5) for b in ("x", "y") for c in ("q", "v", "xq")]
+    leaves = [f"{b}.{c}" for b in ("x", "y") for c in ("q", "v", "xq")]
+    universe = [f"{a}.{i}.{leaf}" for a in ("enc", "dec") for i in range(5) for leaf in leaves]
     wanted = [universe[i] for i in sorted(chosen)]
     ends = endings(wanted, universe)
     assert [p for p in universe if matches(ends, p)] == wanted

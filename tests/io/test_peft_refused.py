@@ -35,6 +35,7 @@ def refused(folder, match, family="bert", **changes):
     assert [name for name, _ in model.named_modules()] == modules
     assert all(p.requires_grad for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert model.config._attn_implementation == "sdpa"
 
 
 def config(folder, **changes):
@@ -73,8 +74,9 @@ def test_fields_that_change_nothing(folder, field, value):
 
 
 @pytest.mark.parametrize(("field", "value"), [
-    ("r", "2"), ("r", 0), ("r", 2.5), ("lora_alpha", "x"), ("lora_alpha", None), ("lora_dropout", 1.5), ("use_rslora", "yes"),
-    ("target_modules", 3), ("target_modules", {"a": 1}), ("rank_pattern", {"q": "x"}), ("modules_to_save", "classifier"),
+    ("r", "2"), ("r", 0), ("r", 2.5), ("lora_alpha", "x"), ("lora_alpha", None), ("lora_dropout", 1.5),
+    ("use_rslora", "yes"), ("target_modules", 3), ("target_modules", {"a": 1}), ("rank_pattern", {"q": "x"}),
+    ("modules_to_save", "classifier"),
     ("target_modules", "(query"), ("layers_to_transform", "all"), ("bias", "some"), ("lora_alpha", True)])
 def test_values_of_the_wrong_kind(folder, field, value):
     config(folder, **{field: value})
@@ -89,26 +91,35 @@ def test_types(folder, value, match):
     refused(folder, match)
 
 
+def put(key, *shape, fill=1.0, dtype=torch.float32):
+    """A change that adds or replaces one tensor."""
+    return lambda t: t.update({key: torch.full(shape, fill, dtype=dtype)})
+
+
+A, B, KEY = f"{QUERY}.lora_A.weight", f"{QUERY}.lora_B.weight", QUERY.replace("query", "key")
+HEAD = "base_model.model.classifier"
+
+
 @pytest.mark.parametrize(("change", "match"), [
-    (lambda t: t.pop(f"{QUERY}.lora_A.weight"), "bert.encoder.layer.0.attention.self.query has no A"),
-    (lambda t: [t.pop(f"{QUERY}.lora_{n}.weight") for n in "AB"], "target_modules names .*0.attention.self.query"),
+    (lambda t: t.pop(A), "bert.encoder.layer.0.attention.self.query has no A"),
+    (lambda t: [t.pop(A), t.pop(B)], "target_modules names .*0.attention.self.query"),
     (lambda t: [t.pop(k) for k in list(t) if "lora" in k], "target_modules names"),
     (lambda t: t.clear(), "target_modules names"),
-    (lambda t: t.update({f"{QUERY}.lora_magnitude_vector": torch.ones(32)}), "query.lora_magnitude_vector.*nothing"),
-    (lambda t: t.update({f"{QUERY}.lora_B.bias": torch.ones(32)}), "query.lora_B.bias"),
-    (lambda t: t.update({"base_model.model.bert.pooler.dense.weight": torch.ones(32, 32)}), "bert.pooler.dense.weight"),
-    (lambda t: t.update({"base_model.model.classifer.weight": torch.ones(3, 32)}), "classifer is no module.*\n.*'classifier'"),
-    (lambda t: t.update({"classifier.weight": torch.ones(3, 32)}), "does not start with base_model"),
-    (lambda t: t.update({"base_model.model.classifier.gain": torch.ones(3)}), "classifier.gain"),
-    (lambda t: t.update({f"{QUERY.replace('query', 'key')}.lora_{n}.weight": torch.ones(2, 32) if n == "A" else
-                         torch.ones(32, 2) for n in "AB"}), "self.key, which target_modules does not name"),
-    (lambda t: t.update({f"{QUERY.replace('layer.0', 'layer.9')}.lora_A.weight": torch.ones(2, 32)}), "layer.9.* no module"),
-    (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.ones(3, 32)}), r"A of .*query has shape \(3, 32\)"),
-    (lambda t: t.update({f"{QUERY}.lora_B.weight": torch.ones(2, 32)}), r"B of .*\(2, 32\), and should have \(32, 2\)"),
-    (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.full((2, 32), float("nan"))}), "query.lora_A.weight' holds NaN"),
-    (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.full((2, 32), float("inf"))}), "holds NaN or Inf"),
-    (lambda t: t.update({f"{QUERY}.lora_A.weight": torch.ones(2, 32, dtype=torch.int32)}), "torch.int32"),
-    (lambda t: t.update({"base_model.model.classifier.weight": torch.ones(4, 32)}), r"head.classifier.weight.*\(4, 32\)"),
+    (put(f"{QUERY}.lora_magnitude_vector", 32), "query.lora_magnitude_vector.*nothing"),
+    (put(f"{QUERY}.lora_B.bias", 32), "query.lora_B.bias"),
+    (put("base_model.model.bert.pooler.dense.weight", 32, 32), "bert.pooler.dense.weight"),
+    (put("base_model.model.classifer.weight", 3, 32), "classifer is no module.*\n.*'classifier'"),
+    (put("classifier.weight", 3, 32), "does not start with base_model"),
+    (put(f"{HEAD}.gain", 3), "classifier.gain"),
+    (lambda t: [put(f"{KEY}.lora_A.weight", 2, 32)(t), put(f"{KEY}.lora_B.weight", 32, 2)(t)],
+     "self.key, which target_modules does not name"),
+    (put(A.replace("layer.0", "layer.9"), 2, 32), "layer.9.* no module"),
+    (put(A, 3, 32), r"A of .*query has shape \(3, 32\)"),
+    (put(B, 2, 32), r"B of .*\(2, 32\), and should have \(32, 2\)"),
+    (put(A, 2, 32, fill=float("nan")), "query.lora_A.weight' holds NaN"),
+    (put(A, 2, 32, fill=float("inf")), "holds NaN or Inf"),
+    (put(A, 2, 32, fill=1, dtype=torch.int32), "torch.int32"),
+    (put(f"{HEAD}.weight", 4, 32), r"head.classifier.weight.*\(4, 32\)"),
 ])
 def test_tensors_that_do_not_fit(folder, change, match):
     tensors(folder, change)
@@ -123,10 +134,13 @@ def test_another_model(folder):
 
 
 @pytest.mark.parametrize(("name", "data", "match"), [
-    (CONFIG, b"{", "not valid JSON"), (CONFIG, b"[]", "not an object"), (CONFIG, b"\xff\xfe", "not valid JSON"),
+    (CONFIG, b"{", "not valid JSON"), (CONFIG, b"[]", "not an object"),
+    (CONFIG, b"\xff\xfe", "not valid JSON"),
     (CONFIG, b'{"peft_type": "LORA", "r": NaN}', "not valid JSON"), (CONFIG, b'{"r": 1, "r": 2}', "not valid JSON"),
-    (CONFIG, b"", "not valid JSON"), (TENSORS, b"", "not a safetensors file"), (TENSORS, b"PK\x03\x04junkjunk", "pickle"),
-    (TENSORS, b"\xff" * 64, "not a safetensors file"), (TENSORS, (10**9).to_bytes(8, "little") + b"{}", "header claims"),
+    (CONFIG, b"", "not valid JSON"), (TENSORS, b"", "not a safetensors file"),
+    (TENSORS, b"PK\x03\x04junkjunk", "pickle"),
+    (TENSORS, b"\xff" * 64, "not a safetensors file"),
+    (TENSORS, (10**9).to_bytes(8, "little") + b"{}", "header claims"),
 ])
 def test_malformed_files(folder, name, data, match):
     (folder / name).write_bytes(data)
@@ -168,6 +182,14 @@ def test_prefixes_that_do_not_fit(changes, match, tmp_path):
     from_peft("gpt2", peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), tmp_path)
     config(tmp_path, **changes)
     refused(tmp_path, match, family="gpt2")
+
+
+def test_a_prefix_whose_head_does_not_fit_leaves_the_attention_as_it_was(tmp_path):
+    save_file({"prompt_embeddings": torch.ones(2, 128), "base_model.classifier.weight": torch.ones(9, 32)},
+              tmp_path / TENSORS)
+    values = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "num_layers": 2, "num_attention_heads": 4}
+    (tmp_path / CONFIG).write_text(json.dumps(values))
+    refused(tmp_path, r"head.classifier.weight has shape \(9, 32\)")
 
 
 def test_a_prefix_without_its_matrix(tmp_path):

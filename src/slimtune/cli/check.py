@@ -9,8 +9,8 @@ from slimtune.errors import RecipeError
 
 
 @verb
-def check(recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="A recipe, a .yaml file.")] = "",
-          overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Values that replace the "
+def check(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, a .yaml file.")] = "",
+          overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Values that replace the "
                                                                                       "recipe's.")] = None,
           schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False) -> None:
     """Validate a recipe and its data; print counts, memory and steps. Trains nothing."""

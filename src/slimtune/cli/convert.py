@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from slimtune.cli.console import size, verb
+from slimtune.cli.console import set_logging, size, verb
 
 
 @verb
-def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a PEFT adapter, a delta or a run.")],
-            target: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must not hold other files.")],
+def convert(src: Annotated[str, typer.Argument(metavar="SRC", help="Folder of a PEFT adapter, a delta or a run.")],
+            dst: Annotated[str, typer.Argument(metavar="DST", help="Folder to write; it must not hold other files.")],
             to: Annotated[Literal["peft", "slimtune"] | None, typer.Option(
                 help="Format to write; by default the other one.")] = None,
             model: Annotated[str, typer.Option(help="The model it was trained on; by default the one it names.")] = "",
@@ -17,5 +17,6 @@ def convert(source: Annotated[str, typer.Argument(metavar="SRC", help="Folder of
     """Convert a delta between slimtune's format and PEFT's, and prove that it loads."""
     from slimtune.recipe.convert import convert as run
 
-    done = run(Path(source), Path(target), to, model or None)
-    print(f"{target}: {done.format}, {done.tensors} tensors, {size(done.size)}")
+    set_logging()
+    done = run(Path(src), Path(dst), to, model or None)
+    print(f"{dst}: {done.format}, {done.tensors} tensors, {size(done.size)}")

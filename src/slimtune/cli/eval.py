@@ -9,7 +9,7 @@ from slimtune.cli.console import set_logging, table, verb
 @verb
 def evaluate(run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
              overrides: Annotated[list[str] | None, typer.Argument(
-                 metavar="[data.b=c]...", help="Other data, such as data.test=new.csv.")] = None) -> None:
+                 metavar="data.b=c", help="Other data, such as data.test=new.csv.")] = None) -> None:
     """Score a run on its test split, or on other data."""
     from slimtune.recipe import evaluate_run
     from slimtune.recipe.card import unit

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from slimtune import __version__
 from slimtune.cli.check import check
 from slimtune.cli.convert import convert
 from slimtune.cli.eval import evaluate
@@ -27,7 +26,9 @@ for _name, _verb in (("tune", tune), ("eval", evaluate), ("predict", predict), (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"slimtune {__version__}")
+        from slimtune.recipe.env import version
+
+        typer.echo(f"slimtune {version('slimtune')}")
         raise typer.Exit
 
 

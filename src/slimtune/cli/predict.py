@@ -11,7 +11,7 @@ from slimtune.errors import DataError
 
 @verb
 def predict(run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-            source: Annotated[str, typer.Argument(metavar="[FILE|-]", help="A file with the recipe's columns (.txt: one "
+            source: Annotated[str, typer.Argument(metavar="FILE|-", help="A file with the recipe's columns (.txt: one "
                                                   "text a line), or - for lines of text or JSON objects.")] = "",
             text: Annotated[list[str] | None, typer.Option(help="A text, in place of a file; may be repeated.")] = None,
             pair: Annotated[list[str] | None, typer.Option(help="The second text of each pair.")] = None) -> None:

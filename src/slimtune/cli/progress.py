@@ -66,4 +66,4 @@ def numbers(event: dict[str, Any]) -> str:
     hidden = ("step", "steps", "epoch", "learning_rate", "grad_norm")
     shown = {key.replace("eval_", "validation "): value for key, value in event.items()
              if isinstance(value, int | float) and key not in hidden and not key.endswith("_per_second")}
-    return "  ".join(f"{key} {value:.4g}" if abs(value) >= 1000 else f"{key} {value:.4f}" for key, value in shown.items())
+    return "  ".join(f"{key} {value:{'.4g' if abs(value) >= 1000 else '.4f'}}" for key, value in shown.items())

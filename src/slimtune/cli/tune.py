@@ -10,7 +10,7 @@ from slimtune.cli.progress import progress
 
 @verb
 def tune(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, a .yaml file.")],
-         overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Values that replace the "
+         overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Values that replace the "
                                                                                      "recipe's.")] = None,
          resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped; --no-resume refuses a folder "
                                                    "that has one.")] = True,

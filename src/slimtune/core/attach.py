@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from slimtune.core.anatomy import Anatomy, dissect
-from slimtune.core.delta import Delta, check_names, set_active, strip
+from slimtune.core.delta import Delta, check_names, release, set_active, strip
 from slimtune.core.init import Init, Params
 from slimtune.core.insert import CHILD, Root, Slot, hook_source, insert_at
 from slimtune.core.method import NORMS, Method, base_dtype, key_of
@@ -42,6 +42,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
         delta = build.run()
     except BaseException:
         strip(root, name, list(model.modules()))
+        release(root, model.modules())
         set_active(root, before)
         if not root.deltas:
             _thaw(model, root)

@@ -1,5 +1,5 @@
 """Delta: all that one task trains and saves, and how to switch it, merge it and take it off."""
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -185,10 +185,8 @@ class Delta:
             for path, p in base_parameters(self.model).items():
                 p.requires_grad_(root.required.get(path, True))
             del self.model._modules[CHILD]
-        if any(s.kind == "kv" for _, s in self.slots) and not any(
-                s.kind == "kv" for d in root.deltas.values() for _, s in d.slots):
-            for host in self.hosts:
-                unwrap(getattr(host, "config", None))
+        if any(s.kind == "kv" for _, s in self.slots):
+            release(root, self.hosts)
         self.slots, self.owned, self.hosts, self.shared = [], [], [], {}
         self._gone = True
 
@@ -212,6 +210,13 @@ def strip(root: Root, name: str, hosts: Sequence[nn.Module]) -> None:
     for host in held:
         insert.prune(host, HOOKS)
     root.shared._modules.pop(name, None)
+
+
+def release(root: Root, hosts: Iterable[nn.Module]) -> None:
+    """Give the hosts' configs their own attention back, unless a delta still has keys and values there."""
+    if not any(s.kind == "kv" for d in root.deltas.values() for _, s in d.slots):
+        for host in hosts:
+            unwrap(getattr(host, "config", None))
 
 
 def set_active(root: Root, names: tuple[str, ...]) -> None:

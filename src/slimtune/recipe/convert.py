@@ -44,6 +44,7 @@ def convert(source: Path, target: Path, to: Format | None = None, model: str | N
         raise SlimtuneError(f"{source}: does not say which model it was trained on.", "Give it: --model MODEL")
     net = load_model(name, task, **labels)
     delta = load_peft(net, home, "converted") if peft else load_delta(net, home, "converted")
+    delta.info |= {"task": task, "model": name}
     (save_peft if to == "peft" else Delta.save)(delta, target)
     tensors = len(delta.state())
     delta.detach()

@@ -31,11 +31,11 @@ def environment() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """The version of an installed package, or None."""
+    """The version of an installed package, or None; of slimtune run from its sources, "source"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return "source" if package == "slimtune" else None
 
 
 def _cpu() -> str:

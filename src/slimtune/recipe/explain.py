@@ -88,8 +88,8 @@ def _say(key: Key, item: Any, tree: Any, root: type[BaseModel]) -> list[str]:
         if key[:1] == ("method",):
             takes = f"For example {{name: lora, rank: 8}}. There are: {listing(registered())}"
         return [f"must be a mapping of keys (got {got})", takes]
-    saying = _SAYINGS.get(kind, item["msg"].replace("Input should be", "must be").replace("String should", "must"))
-    return [f"{saying.format(**context)} (got {got})"]
+    saying = _SAYINGS.get(kind) or item["msg"].replace("Input should be", "must be").replace("String should", "must")
+    return [f"{saying.format(**context) if kind in _SAYINGS else saying} (got {got})"]
 
 
 def _raised(error: Any, item: Any) -> list[str]:
@@ -116,11 +116,11 @@ def owner_of(key: Key, tree: Any, root: type[BaseModel]) -> tuple[str, list[str]
     if key[:1] == ("method",):
         node: Any = tree
         for part in key:
-            node = node[part] if isinstance(node, Mapping | list) and not _lacks(node, part) else None
+            node = None if _lacks(node, part) else node[part]
         name = node.get("name") if isinstance(node, Mapping) else None
         cls = registered().get(name) if isinstance(name, str) else None
         return (cls.__name__, own_first(cls)) if cls else ("a method", ["name"])
-    cls = root
+    cls: Any = root
     for part in key:
         field = cls.model_fields.get(str(part))
         cls = field.annotation if field else None
@@ -130,7 +130,9 @@ def owner_of(key: Key, tree: Any, root: type[BaseModel]) -> tuple[str, list[str]
 
 
 def _lacks(node: Any, part: str | int) -> bool:
-    return part not in node if isinstance(node, Mapping) else not (isinstance(part, int) and part < len(node))
+    if isinstance(node, Mapping):
+        return part not in node
+    return not (isinstance(node, list | tuple) and isinstance(part, int) and part < len(node))
 
 
 def own_first(cls: type[BaseModel]) -> list[str]:

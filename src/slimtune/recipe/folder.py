@@ -68,7 +68,8 @@ def begin(recipe: Recipe) -> None:
         recipe.folder.mkdir(parents=True, exist_ok=True)
         write_text(recipe.folder / RECIPE, render(recipe))
     except OSError as error:
-        raise TrainError(f"{recipe.folder}: cannot be written: {error.strerror}.", "Choose another: output=...") from None
+        raise TrainError(f"{recipe.folder}: cannot be written: {error.strerror}.",
+                         "Choose another folder: output=...") from None
 
 
 def _changed(recipe: Recipe, folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from slimtune.recipe.tree import Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """count: numbers trained and stored; memory: bytes; steps: of data and optimizer, for people; notes: what it lacks."""
+    """count: numbers trained and stored; memory: bytes; steps: data and steps, for people; notes: what it lacks."""
 
     count: Count
     memory: dict[str, int]

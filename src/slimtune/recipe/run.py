@@ -16,6 +16,7 @@ from slimtune.errors import RecipeError, listing, suggest
 from slimtune.io.models import load_model, load_tokenizer
 from slimtune.methods import to_config
 from slimtune.recipe.card import card
+from slimtune.recipe.digest import digest, judged
 from slimtune.recipe.env import environment, version
 from slimtune.recipe.folder import (
     CARD,
@@ -29,9 +30,9 @@ from slimtune.recipe.folder import (
     write_json,
     write_text,
 )
-from slimtune.recipe.scoring import finite, scoring
+from slimtune.recipe.scoring import finite, scores_of, scoring
 from slimtune.recipe.tree import Recipe
-from slimtune.train import TrainResult, evaluate, fit
+from slimtune.train import TrainResult, fit, predict
 from slimtune.train.predict import Step
 
 Report = Callable[[dict[str, Any]], None]
@@ -68,7 +69,7 @@ def run(recipe: Recipe, *, resume: Literal["auto", False] = "auto", report: Repo
 
     The folder gets recipe.yaml (resolved), env.json, metrics.jsonl, checkpoint-<step>/, delta/, card.md and at last
     result.json. A run that was stopped goes on from its newest checkpoint, bitwise; a finished one is not run
-    again. What is scored is the delta as it was saved, loaded back.
+    again. `predictions_sha256` of result.json digests the predictions that were scored.
 
     report: see `slimtune.train.fit`. Errors: RecipeError for a folder that holds something else, DataError,
     MethodError, SiteError (nothing is written then); TrainError; Interrupted when told to stop.
@@ -135,29 +136,30 @@ def _finish(recipe: Recipe, parts: Parts, trained: TrainResult, begun: float) ->
     folder, data = recipe.folder, parts.data
     counts = parts.delta.count()
     parts.delta.save(folder / DELTA)
-    parts.delta.detach()
-    load_delta(parts.model, folder / DELTA)
-    scores: dict[str, Any] = {}
-    judged = time.monotonic()
-    if trained.metrics:
-        scores["validation"] = finite(trained.metrics)
-    if data.test is not None:
-        scores["test"] = finite(evaluate(parts.model, data.test, data.collate, parts.score,
-                                         recipe.train.eval_batch_size, step=parts.step,
-                                         precision=recipe.train.precision))
+    if any(method.final(slots) is not None for method, slots in parts.delta.by_method()):
+        parts.delta.detach()  # a reparametrisation is not saved: what is scored is what the file holds
+        load_delta(parts.model, folder / DELTA)
+    saved = time.monotonic()
+    split, examples = judged(data)
+    found = predict(parts.model, examples, data.collate, recipe.train.eval_batch_size, step=parts.step,
+                    by_length=True, precision=recipe.train.precision)
+    scores = {"validation": finite(trained.metrics)} if trained.metrics else {}
+    if split == "test":
+        scores["test"] = finite(scores_of(found, parts.score))
     ended = time.monotonic()
     splits = {name: split for name in ("train", "validation", "test") if (split := getattr(data, name)) is not None}
     values = {
         "slimtune": version("slimtune"), "name": recipe.name, "task": data.task, "model": recipe.model,
         "method": [to_config(method) for method in recipe.method], "labels": list(data.label_names),
         "counts": counts.as_dict(), "percent": counts.percent, "metrics": scores,
+        "predictions_sha256": digest(found),
         "examples": {name: len(split) for name, split in splits.items()},
         "cut": {name: split.cut for name, split in splits.items()},
         "steps": trained.steps, "epochs": trained.epochs,
         "best_step": trained.best.name.rpartition("-")[2] if trained.best else None,
         "resumed_from": trained.resumed_from.name if trained.resumed_from else None,
         "stopped_early": trained.stopped_early,
-        "seconds": {"train": trained.seconds, "test": ended - judged, "all": ended - begun},
+        "seconds": {"train": trained.seconds, "test": ended - saved, "all": ended - begun},
         "peak_memory": trained.peak_memory_mb, "added_memory": trained.added_memory_mb,
         "files": {DELTA: sum(p.stat().st_size for p in (folder / DELTA).iterdir()),
                   **{p.name: p.stat().st_size for p in sorted((folder / DELTA).iterdir())}},

@@ -66,6 +66,12 @@ def _tags(row: Tensor, ids: Sequence[int | None], labels: Sequence[str], size: i
     return tags
 
 
+def scores_of(found: Predictions, score: Score) -> dict[str, float]:
+    """The loss and the metrics of predictions with references."""
+    loss = {} if found.loss is None else {"loss": found.loss}
+    return loss | dict(score(found.predictions, found.references))
+
+
 def finite(scores: Mapping[str, float]) -> dict[str, float | None]:
     """Scores as JSON has them: what is not finite, such as a perplexity out of range, is null."""
     return {name: value if abs(value) < float("inf") else None for name, value in scores.items()}

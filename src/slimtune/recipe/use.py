@@ -16,6 +16,7 @@ from slimtune.data.tables import Table, read_table, read_text
 from slimtune.data.tasks import FAMILIES, prepare_unlabelled
 from slimtune.errors import DataError, RecipeError, listing
 from slimtune.io.models import load_model, load_tokenizer
+from slimtune.recipe.digest import digest, judged
 from slimtune.recipe.folder import DELTA, RECIPE, open_run
 from slimtune.recipe.parse import read_recipe
 from slimtune.recipe.scoring import scoring, tell
@@ -66,7 +67,20 @@ def evaluate_run(folder: Path | str, data: Sequence[str] = ()) -> tuple[str, int
                           "Give some: data.test=new.csv")
     score, step = scoring(spec, tuned.labels, tuned.tokenizer)
     return name, len(examples), evaluate(tuned.model, examples, prepared.collate, score, recipe.train.eval_batch_size,
-                                         step=step, precision=recipe.train.precision)
+                                         step=step, by_length=True, precision=recipe.train.precision)
+
+
+def digest_run(folder: Path | str) -> str:
+    """The digest of a run's predictions, made anew from its folder: equal to `predictions_sha256` of its result.json.
+
+    Errors: RecipeError, DataError, DeltaError.
+    """
+    tuned = load_run(folder)
+    prepared = prepare(tuned.recipe.data, tuned.tokenizer)
+    _, step = scoring(tuned.recipe.data, tuned.labels, tuned.tokenizer)
+    train = tuned.recipe.train
+    return digest(predict(tuned.model, judged(prepared)[1], prepared.collate, train.eval_batch_size, step=step,
+                          by_length=True, precision=train.precision))
 
 
 def predict_run(folder: Path | str, source: Path | str | Iterable[str | dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -90,7 +104,7 @@ def predict_run(folder: Path | str, source: Path | str | Iterable[str | dict[str
         examples = Examples(examples.name, [{**row, "labels": [end]} for row in examples.rows])
     _, step = scoring(spec, tuned.labels, tuned.tokenizer)
     found = predict(tuned.model, examples, FAMILIES[spec.task].collator(tuned.tokenizer),
-                    recipe.train.eval_batch_size, step=step, precision=recipe.train.precision)
+                    recipe.train.eval_batch_size, step=step, by_length=True, precision=recipe.train.precision)
     return tell(spec, tuned.labels, found, words)
 
 

@@ -7,55 +7,59 @@ from torch import Tensor, nn
 
 from slimtune.core.side import Side
 from slimtune.errors import MethodError
-from slimtune.testing.case import Case, Skip, check, close, refused, run
+from slimtune.testing.case import Case, Skip, check, close, gradients, refused, run
 from slimtune.testing.tiny import batch, kind, output
 
 NEW_TOKENS = 3
 STEPS = 1e-4  # of logits: a cache changes the order of sums
 
 
-def _plain_inputs(case: Case) -> dict[str, Tensor]:
-    """The inputs without labels; an encoder-decoder gets its decoder's ids instead."""
-    inputs = {k: v for k, v in case.inputs.items() if k != "labels"}
-    if case.base().config.is_encoder_decoder:  # type: ignore[union-attr]
-        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
-    return inputs
+def _call(case: Case) -> dict[str, Any]:
+    """A call without labels and cache; an encoder-decoder gets its decoder's ids instead of labels."""
+    config: Any = case.base().config
+    call: dict[str, Any] = {k: v for k, v in case.inputs.items() if k != "labels"}
+    if config.is_encoder_decoder:
+        call["decoder_input_ids"] = call["input_ids"].clone()
+    return call | ({"use_cache": False} if "input_ids" in call and kind(case.backbone) != "clip" else {})
 
 
 @check(slow=True)
 def compiles(case: Case) -> None:
-    """torch.compile (aot_eager) gives the same output to 1e-5."""
-    model, _ = case.moved()
-    inputs = _plain_inputs(case)
-    own = run(model, inputs)
+    """torch.compile (aot_eager) gives the same output and gradients, to 1e-5."""
+    model, delta = case.moved()
+    call, found = _call(case), []
     torch._dynamo.reset()
-    with torch.no_grad():
-        close(output(torch.compile(model, backend="aot_eager"), inputs), own, "the compiled output")  # type: ignore[arg-type]
+    for run_it in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad(set_to_none=True)
+        out = output(run_it, call)  # type: ignore[arg-type]
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        found.append((out.detach(), torch.cat([g.flatten() for g in gradients(delta).values()])))
     torch._dynamo.reset()
+    close(found[1][0], found[0][0], "the compiled output")
+    close(found[1][1], found[0][1], "the compiled gradients")
 
 
 @check(slow=True)
 def exports(case: Case) -> None:
     """torch.export (strict=False) gives the same output to 1e-5, where the backbone itself exports."""
-    inputs = _plain_inputs(case)
+    call = _call(case)
     model, _ = case.moved()
-    own = run(model, inputs)
+    own = run(model, call)
     try:
-        program = _export(model, inputs)
+        program = _export(model, call)
     except Exception as problem:
         try:
-            _export(case.base(), inputs)
+            _export(case.base(), call)
         except Exception:
             raise Skip("the backbone does not export") from None
         raise AssertionError(f"the backbone exports, and with it: {type(problem).__name__}: {problem}") from problem
     with torch.no_grad():
-        close(output(program.module(), inputs), own, "the exported output")
+        close(output(program.module(), call), own, "the exported output")
 
 
-def _export(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    extra: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+def _export(model: nn.Module, call: dict[str, Any]) -> Any:
     with torch.no_grad():
-        return torch.export.export(model, (), {**inputs, **extra}, strict=False)
+        return torch.export.export(model, (), call, strict=False)
 
 
 @check()

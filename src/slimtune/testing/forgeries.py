@@ -88,7 +88,6 @@ _STRANGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "unknown field of the method": lambda manifest: manifest["methods"][0].update(no_such_field=1),
     "unknown method": lambda manifest: manifest["methods"][0].update(name="no-such-method"),
     "method without a name": lambda manifest: manifest["methods"][0].pop("name"),
-    "a method too many": lambda manifest: manifest["methods"].append(manifest["methods"][0]),
     "no methods": lambda manifest: manifest.update(methods=[]),
     "methods missing": lambda manifest: manifest.pop("methods"),
 }

@@ -128,12 +128,15 @@ def step_of(path: Path) -> int:
 
 
 def tidy(folder: Path) -> None:
-    """Finish or undo what killed saves and deletions left."""
+    """Finish or undo what killed saves and deletions left; on a disk that cannot be written, a warning."""
     if not folder.is_dir():
         return
     names = [path.name for path in folder.iterdir()]
     for target in sorted({match[1] for name in names if (match := _LEFT.fullmatch(name))}):
-        recover(folder / target, manifest_name=MANIFEST)
+        try:
+            recover(folder / target, manifest_name=MANIFEST)
+        except DeltaError as error:
+            log.warning("%s", error.what)
     for name in names:
         if _GONE.fullmatch(name):
             shutil.rmtree(folder / name, ignore_errors=True)
