@@ -121,6 +121,8 @@ def test_double_backward_with_frozen_a_says_what_is_missing():
     out = low_rank_add(frozen()(x), x, A.requires_grad_(False), B, 1.0)
     with pytest.raises(RuntimeError, match="x, which is not saved while A is frozen"):
         torch.autograd.grad(out, (x, B), dy, create_graph=True)
+    fixed, weight = x.detach(), frozen()(x).detach()      # x is data here: B's gradient does not depend on it
+    assert gradgradcheck(lambda B: low_rank_add(weight.clone(), fixed, A, B, 1.0), (B,))
 
 
 def test_dropout_only_in_training():

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from slimtune.core.anatomy import Anatomy, dissect
-from slimtune.core.delta import Delta, check_names, release, set_active, strip
+from slimtune.core.delta import Delta, check_names, check_tensor, release, set_active, strip
 from slimtune.core.init import Init, Params
 from slimtune.core.insert import CHILD, Root, Slot, hook_source, insert_at
 from slimtune.core.method import NORMS, Method, base_dtype, key_of
@@ -160,10 +160,7 @@ class _Build:
     def _parameter(self, key: str, init: Init, like: Tensor) -> nn.Parameter:
         dtype = base_dtype(like)
         if self.state is not None and key in self.state:
-            given = self.state[key]
-            if tuple(given.shape) != init.shape:
-                raise DeltaError(f"delta '{self.name}': {key} has shape {tuple(given.shape)}, and should have "
-                                 f"{init.shape}.", "Nothing was loaded.")
+            given = check_tensor(f"delta '{self.name}': {key}", self.state[key], init.shape)
             value = given.to(device=like.device, dtype=dtype, copy=True)
         else:
             value = init.make(self.seed, key, like.device, dtype)
@@ -180,10 +177,9 @@ class _Build:
                                   "Use a method that adds parameters, such as LoRA.")
             key = f"{'head' if group == 'head' else 'own'}.{path}"
             given = self.state.get(key) if self.state is not None else None
-            if given is not None and given.shape != base.shape:
-                raise DeltaError(f"delta '{self.name}': {key} has shape {tuple(given.shape)}, and the model's is "
-                                 f"{tuple(base.shape)}.", "Load the model with the delta's number of labels."
-                                 if group == "head" else "", "Nothing was loaded.")
+            if given is not None:
+                check_tensor(f"delta '{self.name}': {key}", given, tuple(base.shape),
+                             "Load the model with the delta's number of labels." if group == "head" else "")
             source = base.detach() if given is None else given.to(base.device, base.dtype)
             value = nn.Parameter(source.clone(), requires_grad=trained)
             self.delta.owned.append(Owned(path, group, base, value, places[id(base)]))

@@ -69,9 +69,7 @@ class Delta:
         tensors = self.tensors()
         check_names(tensors, state, f"delta '{self.name}'")
         for name, value in state.items():
-            if value.shape != tensors[name].shape:
-                raise DeltaError(f"delta '{self.name}': {name} has shape {tuple(value.shape)}, and should have "
-                                 f"{tuple(tensors[name].shape)}.", "Nothing was loaded.")
+            check_tensor(f"delta '{self.name}': {name}", value, tuple(tensors[name].shape))
         for name, value in state.items():
             tensors[name].copy_(value)
 
@@ -262,3 +260,13 @@ def check_names(have: Mapping[str, Any], given: Mapping[str, Any], who: str) -> 
         raise DeltaError(f"{who}: the tensors' names do not fit.",
                          f"Missing: {listing(missing, 6)}" if missing else "",
                          f"Extra: {listing(extra, 6)}" if extra else "", "Nothing was loaded.")
+
+
+def check_tensor(who: str, given: Tensor, shape: tuple[int, ...], advice: str = "") -> Tensor:
+    """The tensor itself. Errors: DeltaError when it has another shape, or is not of floating point."""
+    if tuple(given.shape) != shape:
+        raise DeltaError(f"{who} has shape {tuple(given.shape)}, and should have {shape}.", advice,
+                         "Nothing was loaded.")
+    if not given.is_floating_point():
+        raise DeltaError(f"{who} holds {given.dtype}, and should hold floating-point numbers.", "Nothing was loaded.")
+    return given

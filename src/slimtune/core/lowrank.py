@@ -192,10 +192,10 @@ def _gradients_with_graph(ctx: Any, g: Tensor, x: Tensor | None, a: Tensor, b: T
     if dx is not None and mask is not None:
         dx = dx * mask
     if x is None:
-        if needs_b:
+        if needs_b and needs_x:
             raise RuntimeError("low_rank_add: a double backward through B needs x, which is not saved "
                                "while A is frozen. Let A require grad.")
-        return dx, None, None
+        return dx, None, None if h is None else g.mT @ h
     rows = x.to(g.dtype) if mask is None else x.to(g.dtype) * mask
     return dx, dh.mT @ rows, g.mT @ ((rows @ a.mT) * ctx.scale)
 
