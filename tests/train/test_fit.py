@@ -32,7 +32,7 @@ def test_it_learns_and_reports(tmp_path):
     result = fit(delta, train, train, collate, accuracy, spec, tmp_path)
     assert before["accuracy"] < 0.6
     assert result.metrics["accuracy"] == 1.0
-    assert result.metrics["loss"] < before["loss"] / 3
+    assert result.metrics["loss"] < before["loss"] / 2
     assert result.metrics == evaluate(delta.model, train, collate, accuracy)
     assert result.steps == 120
     assert result.epochs == 20
@@ -77,7 +77,6 @@ def test_the_model_is_left_as_it_was(tmp_path):
     delta = attached()
     model = delta.model
     model.eval()
-    model.encoder_was = None
     base = {name: p.clone() for name, p in st.core.base_parameters(model).items() if "classifier" not in name}
     attributes, threads, cache = set(vars(model)), torch.get_num_threads(), model.config.use_cache
     run(tmp_path, delta, spec_of(threads=1, gradient_checkpointing=True, precision="bfloat16"))
@@ -86,7 +85,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert not any(module.training for module in model.modules())
     assert torch.get_num_threads() == threads
     assert model.config.use_cache == cache
-    assert not model.is_gradient_checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     now = st.core.base_parameters(model)
     assert all(torch.equal(now[name], value) for name, value in base.items())
@@ -146,14 +145,13 @@ def test_more_may_be_better(tmp_path):
 
 def test_a_damaged_best_is_never_silently_another(tmp_path):
     spec = spec_of(best="loss", eval_every=1, epochs=2)
-    _, result = run(tmp_path, spec=spec)
 
     def damage(event):
         if event["event"] == "save" and event["step"] == event["steps"]:
             for path in tmp_path.glob("again/checkpoint-*/delta.safetensors"):
                 path.write_bytes(path.read_bytes()[:-1])
 
-    with pytest.raises(DeltaError, match="delta.safetensors has"):
+    with pytest.raises(DeltaError, match=r"delta\.safetensors has"):
         run(tmp_path / "again", spec=spec, report=damage)
 
 

@@ -15,6 +15,8 @@ from slimtune.errors import SlimtuneError
 P = ParamSpec("P")
 INTERRUPTED = 3
 log = logging.getLogger("slimtune")
+_TOO_LARGE = ("allocate memory", "out of memory", "not enough memory", "overflowed")  # as torch words it
+_MEMORY = "no memory left: lower train.batch_size, data.max_length, or the size of the method."
 
 
 def verb(function: Callable[P, None]) -> Callable[P, None]:
@@ -34,11 +36,12 @@ def verb(function: Callable[P, None]) -> Callable[P, None]:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  so that the exit does not flush into it
             raise typer.Exit(0) from None
         except (OSError, MemoryError) as error:
-            raise _stop(f"{type(error).__name__}: {error or 'no memory left'}", 1) from None
+            raise _stop(f"{type(error).__name__}: {str(error) or _MEMORY}", 1) from None
         except Exception as error:
             first = (str(error).strip() or "no message").splitlines()[0]
-            raise _stop(f"{type(error).__name__}: {first[:500]}\n  This may be a fault of slimtune. "
-                        "Set SLIMTUNE_DEBUG=1 to see where it happened.", 1) from None
+            advice = _MEMORY if any(sign in first for sign in _TOO_LARGE) else (
+                "This may be a fault of slimtune. Set SLIMTUNE_DEBUG=1 to see where it happened.")
+            raise _stop(f"{type(error).__name__}: {first[:500]}\n  {advice}", 1) from None
 
     return run
 
@@ -55,10 +58,18 @@ def set_logging(level: int = logging.WARNING) -> None:
     """slimtune's log on stderr, a plain line each."""
     log.handlers.clear()
     log.propagate = False
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.setLevel(level)
+
+
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what sys.stderr is at the time: a progress bar puts itself there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def is_terminal() -> bool:

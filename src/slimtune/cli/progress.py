@@ -30,10 +30,13 @@ def _lines() -> Report:
 
     def report(event: dict[str, Any]) -> None:
         nonlocal last
-        now = time.monotonic()
-        if event["event"] == "evaluate" or (event["event"] == "log" and now - last >= EVERY):
-            last = now
-            print(f"step {event['step']}/{event['steps']}  {numbers(event)}  {now - start:.0f} s", flush=True)
+        now, kind = time.monotonic(), event["event"]
+        place = f"step {event['step']}/{event['steps']}"
+        if kind == "start" and event["step"]:
+            print(f"{place}  resumed", flush=True)
+        elif kind == "evaluate" or (kind == "log" and now - last >= EVERY):
+            last = last if kind == "evaluate" else now
+            print(f"{place}  {numbers(event)}  {now - start:.0f} s", flush=True)
 
     return report
 
@@ -48,7 +51,9 @@ def _bar() -> Iterator[Report]:
 
         def report(event: dict[str, Any]) -> None:
             bar.update(task, total=event["steps"], completed=event["step"])
-            if event["event"] == "log":
+            if event["event"] == "start" and event["step"]:
+                bar.console.print(f"resumed at step {event['step']}", highlight=False)
+            elif event["event"] == "log":
                 bar.update(task, shown=numbers(event))
             elif event["event"] == "evaluate":
                 bar.console.print(f"step {event['step']}  {numbers(event)}", highlight=False)

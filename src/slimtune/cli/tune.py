@@ -19,7 +19,7 @@ def tune(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe,
     from slimtune.recipe import read_recipe, run
 
     tree = read_recipe(recipe, overrides or ())
-    set_logging(logging.CRITICAL if quiet else logging.INFO)
+    set_logging(logging.ERROR if quiet else logging.WARNING)
     with progress(quiet) as report:
         result = run(tree, resume="auto" if resume else False, report=report)
     if quiet:
@@ -41,3 +41,7 @@ def _show(values: dict[str, Any]) -> None:
     rows += [["delta folder", amount, unit], ["training", f"{values['seconds']['train']:.1f}", "s"],
              ["peak memory", f"{values['peak_memory']:.0f}", "MiB"]]
     table(["", "value", "unit"], rows, f"\n{values['name']}: {values['steps']:,} steps")
+    for split, cut in values["cut"].items():
+        if cut:
+            print(f"note: {cut:,} of {values['examples'][split]:,} texts of {split} were longer than data.max_length "
+                  "and lost their end")

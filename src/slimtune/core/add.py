@@ -52,7 +52,7 @@ class Add(Method):
         if update is None:
             raise MethodError(f"{type(self).__name__} cannot be merged: it is not linear in the site's input.",
                               "Keep it attached, or export the model with it.")
-        return weight + update, bias
+        return weight + (weight @ update if p.site.at == "input" else update), bias
 
     def install(self, build: Builder) -> None:
         sites = self.where(build.anatomy)

@@ -116,8 +116,9 @@ class _Build:
         if self.state is not None:
             check_names(self.delta.tensors(), self.state, f"delta '{self.name}'")
         if not any(p.requires_grad for p in self.delta.tensors().values()):
+            why = f"head='{leading.head}'" if self.anatomy.heads else "it has no task head"
             raise MethodError(f"{type(leading).__name__} trains nothing on this {self.anatomy.model_type}: "
-                              f"no head was found, or head='{leading.head}'.",
+                              f"{why}.",
                               "Load the model with a task head, for example AutoModelForSequenceClassification.")
         open_checkpoints(self.model, self.anatomy, self.plan, self.delta)
         return self.delta

@@ -27,6 +27,13 @@ def load_peft(model: nn.Module, folder: Path | str, name: str | None = None) -> 
 
     Errors: DeltaError for a malformed folder, a type or field that is not supported, a tensor that is missing, left
     over, of another shape or not finite; the model is left as it was.
+    Example:
+        >>> from slimtune.testing import tiny
+        >>> load_peft(tiny("bert"), "no/such/folder")
+        Traceback (most recent call last):
+        slimtune.errors.DeltaError: no/such/folder: adapter_config.json could not be read (No such file or directory).
+          There is: nothing.
+          Nothing was loaded.
     """
     config, tensors = read_peft(folder)
     root = model._modules.get(CHILD)

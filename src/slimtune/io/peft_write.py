@@ -35,6 +35,15 @@ def save_peft(delta: Delta, folder: Path | str) -> None:
     into `modules_to_save`. The folder appears whole or not at all.
 
     Errors: DeltaError for a method, site or tensor that PEFT has no counterpart for; nothing is written then.
+    Example:
+        >>> import tempfile
+        >>> from slimtune.core import attach
+        >>> from slimtune.io.peft import load_peft
+        >>> from slimtune.testing import tiny
+        >>> with tempfile.TemporaryDirectory() as home:
+        ...     save_peft(attach(tiny("gpt2"), LoRA(rank=2, sites=("attn.q",))), home + "/sst2")
+        ...     load_peft(tiny("gpt2"), home + "/sst2").methods[0].sites
+        ('attn.q', 'attn.k', 'attn.v')
     """
     delta._alive()
     kind = _kind(delta)

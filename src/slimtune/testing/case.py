@@ -166,9 +166,10 @@ def refused(kind: type[Exception], what: str) -> Iterator[None]:
     try:
         yield
     except kind as refusal:
-        assert str(refusal).strip(), f"{what}: refused without a reason"
-        return
-    raise AssertionError(f"{what}: was accepted, and should raise {kind.__name__}")
+        reason = str(refusal).strip()
+    else:
+        raise AssertionError(f"{what}: was accepted, and should raise {kind.__name__}")
+    assert reason, f"{what}: refused without a reason"
 
 
 def train(model: nn.Module, delta: Delta, inputs: dict[str, Tensor], steps: int = 1, lr: float = 5e-3) -> list[float]:

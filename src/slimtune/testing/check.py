@@ -16,10 +16,11 @@ from slimtune.testing.case import CHECKS, Case, Check, Skip, differences, outlin
 from slimtune.testing.tiny import NAMES
 
 MODULES = (checks_attach, checks_state, checks_run, checks_graph)
-"""The modules whose import registers the checks, in the order in which they run."""
+"""The modules whose import registers the checks, in the order in which these run."""
+CHECKS.sort(key=lambda c: [m.__name__ for m in MODULES].index(c.run.__module__))
 
 
-class CheckFailure(AssertionError):
+class CheckFailure(AssertionError):  # noqa: N818
     """A method that breaks its contract: which method, on which backbone, in which check."""
 
     def __init__(self, method: Method, backbone: str, check: str, why: str) -> None:
@@ -115,9 +116,10 @@ def refusal(case: Case) -> str | None:
     try:
         attach(model, case.method)
     except (MethodError, SiteError) as reason:
-        if differences(before, outline(model)) or bits_digest(model) != digest:
-            where = differences(before, outline(model)) or ["its values"]
-            raise CheckFailure(case.method, case.backbone, "refusal", f"the refusal changed the model: {where}") from reason
+        where = differences(before, outline(model)) or (["its values"] if bits_digest(model) != digest else [])
+        if where:
+            why = f"the refusal changed the model at {where[:6]}"
+            raise CheckFailure(case.method, case.backbone, "refusal", why) from reason
         return reason.what
     except Exception as problem:
         raise CheckFailure(case.method, case.backbone, "attaches", f"{type(problem).__name__}: {problem}") from problem

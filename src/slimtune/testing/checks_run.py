@@ -90,6 +90,17 @@ def dropout_is_off_in_eval(case: Case) -> None:
 
 
 @check()
+def runs_in_inference_mode(case: Case) -> None:
+    """torch.inference_mode() gives the output of no_grad(), bitwise, and training works after it."""
+    model, delta = case.moved()
+    own = run(model, case.inputs)
+    with torch.inference_mode():
+        assert torch.equal(output(model, case.inputs), own), "the output in inference mode differs"
+    loss(model, case.inputs).backward()
+    assert any(bool(g.any()) for g in gradients(delta).values()), "no gradient after a forward in inference mode"
+
+
+@check()
 def other_dtypes(case: Case) -> None:
     """It runs and trains on a float64 and a bfloat16 backbone, whose dtype the output keeps."""
     for dtype in (torch.float64, torch.bfloat16):
@@ -145,7 +156,8 @@ def _copied(case: Case, model: nn.Module, delta: Delta, twin: nn.Module) -> None
     own, state, before = run(model, case.inputs), values(delta), outline(model)
     assert torch.equal(run(twin, case.inputs), own), "the copy gives another output"
     other = deltas(twin)[delta.name]
-    assert other is not delta and other.model is twin, "the copy's delta is not its own"
+    assert other is not delta, "the copy has the original's delta"
+    assert other.model is twin, "the copy's delta is not on the copy"
     shared = {id(t) for t in delta.tensors().values()} & {id(t) for t in other.tensors().values()}
     assert not shared, "the copy shares tensors with the original"
     train(twin, other, case.inputs, 2, lr=1e-2)
@@ -165,6 +177,7 @@ def gradient_checkpointing(case: Case) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise Skip("the backbone has no gradient checkpointing")
     model.train()
+    torch.manual_seed(3)
     loss(model, case.inputs).backward()
     wanted = gradients(delta)
     scale = max(float(g.abs().max()) for g in wanted.values())
@@ -172,6 +185,7 @@ def gradient_checkpointing(case: Case) -> None:
         model.zero_grad(set_to_none=True)
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})  # type: ignore[operator]
+        torch.manual_seed(3)  # dropout is replayed
         loss(model, case.inputs).backward()
         found = gradients(delta)
         gap = max((float((found[n] - g).abs().max()), n) for n, g in wanted.items())

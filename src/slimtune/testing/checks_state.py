@@ -95,7 +95,7 @@ def other_base_is_refused(case: Case) -> None:
 
 
 def merges(method: Method) -> bool:
-    """Whether a method claims that it can be merged: it defines `weight` or `fold`, or trains the base's own tensors."""
+    """Whether a method claims a merge: it defines `weight` or `fold`, or trains the base's own tensors."""
     if isinstance(method, Add):
         return type(method).weight is not Add.weight or type(method).fold is not Add.fold
     return isinstance(method, Unfreeze)
@@ -168,8 +168,10 @@ def joins_a_union(case: Case) -> None:
     own, state = run(model, case.inputs), values(delta)
     loss(model, case.inputs).backward()
     slots = delta.by_method()[1][1]
-    silent = [n for n, g in gradients(delta).items() if delta.is_of(n, slots) and not g.any()]
-    assert slots and not silent, f"beside it, LoRA does not train: {silent[:6]}"
+    added = {n: g for n, g in gradients(delta).items() if delta.is_of(n, slots)}
+    silent = [n for n, g in added.items() if not g.any()]
+    assert len(added) == 2 * len(slots), f"LoRA's tensors are not all there: {list(added)[:6]}"
+    assert not silent, f"beside it, LoRA does not train: {silent[:6]}"
     same(values(delta), state, "the union's values after a backward")
     _reloads(case, delta, own)
 

@@ -3,13 +3,11 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from slimtune.core.delta import Delta
@@ -22,7 +20,7 @@ from slimtune.train.memory import PeakMemory
 from slimtune.train.predict import Score, Step, evaluate, logits
 from slimtune.train.signals import Signals
 from slimtune.train.spec import TrainSpec, more_is_better
-from slimtune.train.state import kept_rng
+from slimtune.train.surroundings import surroundings
 
 log = logging.getLogger("slimtune")
 Report = Callable[[dict[str, Any]], None]
@@ -88,7 +86,7 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
         return evaluate(delta.model, validation_data, collate, metric_fn, spec.eval_batch_size, step=step,
                         precision=spec.precision)
 
-    with _surroundings(delta, spec), Signals() as signals:
+    with surroundings(delta, spec), Signals() as signals:
         trainer = make_trainer(delta, train_data, validation_data, judge, collate, spec, folder, facts, journal,
                                report, signals)
         trainer.train(resume_from_checkpoint=begun)
@@ -96,14 +94,13 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
         if signals.told and state.global_step < state.max_steps:
             raise Interrupted(f"interrupted by {signals.told} after step {state.global_step} of {state.max_steps}.",
                               f"Saved: {last_checkpoint(folder)}. Run it again to go on from there.")
-        if spec.best is not None and state.best_model_checkpoint:
+        best = Path(state.best_model_checkpoint) if spec.best and state.best_model_checkpoint else None
+        if best is not None:
             trainer._load_best_model()
-    at = state.best_global_step if spec.best is not None and state.best_global_step else state.global_step
     return TrainResult(
         steps=state.global_step, epochs=float(state.epoch or 0), seconds=time.monotonic() - start,
         peak_memory_mb=memory.peak(), added_memory_mb=memory.peak() - memory.start,
-        metrics=_metrics_at(state.log_history, at),
-        best=Path(state.best_model_checkpoint) if spec.best is not None and state.best_model_checkpoint else None,
+        metrics=_metrics_at(state.log_history, step_of(best) if best else state.global_step), best=best,
         resumed_from=begun, stopped_early=state.global_step < state.max_steps, history=journal.lines())
 
 
@@ -174,28 +171,6 @@ def _same(path: Path, told: Any, own: Mapping[str, Any]) -> None:
     if told.get("data") != own["data"]:
         raise RecipeError("data: this run was begun with other training data.",
                           f"Its folder is {path.parent}.", over)
-
-
-@contextmanager
-def _surroundings(delta: Delta, spec: TrainSpec) -> Iterator[None]:
-    """Threads, generators, checkpointing, the model's mode and config: given back as they were."""
-    model, threads = delta.model, torch.get_num_threads()
-    config = getattr(model, "config", None)
-    cache, modes = getattr(config, "use_cache", None), [(m, m.training) for m in model.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(kept_rng())
-        stack.callback(torch.set_num_threads, threads)
-        if config is not None and hasattr(config, "use_cache"):
-            stack.callback(setattr, config, "use_cache", cache)
-        stack.callback(lambda: [setattr(m, "training", mode) for m, mode in modes])
-        if spec.threads is not None:
-            torch.set_num_threads(spec.threads)
-        if spec.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", False):
-            model.gradient_checkpointing_enable({"use_reentrant": False})   # type: ignore[operator]
-            stack.callback(model.gradient_checkpointing_disable)            # type: ignore[arg-type]
-        yield
-        for p in delta.parameters():
-            p.grad = None
 
 
 def _metrics_at(history: list[dict[str, Any]], step: int) -> dict[str, float]:

@@ -117,4 +117,4 @@ class Finite:
 def digest(tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's bits."""
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy()).digest()
+    return hashlib.sha256(data.numpy().data).digest()

@@ -1,4 +1,5 @@
 """DeltaTrainer: transformers' Trainer that trains, saves and resumes the delta alone, atomically."""
+import copy
 import dataclasses
 import json
 import logging
@@ -61,8 +62,13 @@ class DeltaTrainer(Trainer):
                 raise TrainError(f"DeltaTrainer does not support {name}.", "Leave it out of the arguments.")
         self.delta, self.head_learning_rate, self.precision = delta, head_learning_rate, precision
         self.evaluator, self.facts = evaluator, dict(facts or {})
-        self.finite = Finite(args.output_dir)
+        self.folder = Path(args.output_dir or "trainer_output")
+        self.finite, self.keep = Finite(self.folder), args.save_total_limit
         self._resumed: Checkpoint | None = None
+        args = copy.copy(args)
+        if args.data_seed is None:                          # or the order depends on what was seeded before train()
+            args.data_seed = args.seed
+        args.save_total_limit = None                        # with 1, Trainer deletes the last step for the best
         args.logging_nan_inf_filter = False                 # it hides what `Finite` must see
         super().__init__(delta.model, args, **options)      # type: ignore[arg-type]
         if self.compute_loss_func is not None:
@@ -93,9 +99,12 @@ class DeltaTrainer(Trainer):
         if self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         outputs = model(**inputs)
-        loss, own = outputs["loss"], items(self.delta.model, inputs)
+        loss, own = getattr(outputs, "loss", None), items(self.delta.model, inputs)
+        if loss is None:
+            raise TrainError(f"{type(self.delta.model).__name__} returned no loss.",
+                             f"The collator gives: {listing(inputs)}. Does it give labels?")
         if own == 0:                                        # the mean of nothing is NaN
-            loss = outputs["logits"].sum() * 0.0
+            loss = outputs.logits.sum() * 0.0
         elif num_items_in_batch is not None and num_items_in_batch != own:
             loss = loss * (own / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -148,7 +157,7 @@ class DeltaTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the delta's folder; by default `delta` in the output folder."""
         if self.args.should_save:
-            self.delta.save(Path(output_dir) if output_dir else Path(self.args.output_dir, "delta"))
+            self.delta.save(output_dir or self.folder / "delta")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if not self.args.should_save:
@@ -165,14 +174,13 @@ class DeltaTrainer(Trainer):
                              f"Last good checkpoint: {good}; the run resumes from it." if good else
                              "No checkpoint had been saved.") from error
         log.info("saved %s", path)
-        if self.args.save_total_limit:
-            prune(path, self.args.save_total_limit, folder / f"checkpoint-{best}" if best else None)
+        if self.keep:
+            prune(path, self.keep, folder / f"checkpoint-{best}" if best else None)
 
     def _checkpoint(self) -> Checkpoint:
         optimizer, groups = optimizer_state(self.delta, self.optimizer)
         rng, numbers = rng_state()
-        loop = {"loss": self._tr_loss.item(), "total_loss": self._total_loss_scalar,
-                "last_logged": self._globalstep_last_logged}
+        loop = {"loss": self._tr_loss.item(), "last_logged": self._globalstep_last_logged}
         facts = {"delta": describe(self.delta, self.delta.methods), "optimizer": groups, "rng": numbers,
                  "scheduler": scheduler_state(self.lr_scheduler), "loop": loop, "run": self.facts}
         state = json.dumps(dataclasses.asdict(self.state), sort_keys=True, indent=1) + "\n"
@@ -180,15 +188,16 @@ class DeltaTrainer(Trainer):
 
     # how it goes on
 
-    def train(self, resume_from_checkpoint: Any = None, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None,
+              ignore_keys_for_eval: list[str] | None = None) -> Any:
         """As Trainer's. True resumes from the newest checkpoint that verifies. Errors: TrainError if none does."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self.folder)
             if resume_from_checkpoint is None:
-                raise TrainError(f"{self.args.output_dir}: no checkpoint to resume from.")
+                raise TrainError(f"{self.folder}: no checkpoint to resume from.")
         path = str(resume_from_checkpoint) if resume_from_checkpoint else None
         try:
-            return super().train(resume_from_checkpoint=path, **options)
+            return super().train(path, trial, ignore_keys_for_eval)
         finally:
             self.is_in_train = False
             self._resumed = None
@@ -200,7 +209,7 @@ class DeltaTrainer(Trainer):
     def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
         epochs = super()._init_training_state(*args, **options)
         if self._resumed is not None and self.state.best_global_step:
-            best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")   # the run may have moved
+            best = self.folder / f"checkpoint-{self.state.best_global_step}"  # the run may have moved
             self.state.best_model_checkpoint = str(best)
             try:
                 read_checkpoint(best)
@@ -244,7 +253,6 @@ class _Watch(TrainerCallback):
             return
         loop = resumed.facts["loop"]
         self.trainer._tr_loss += loop["loss"]
-        self.trainer._total_loss_scalar = loop["total_loss"]
         self.trainer._globalstep_last_logged = loop["last_logged"]
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
