@@ -8,6 +8,7 @@ distinct storage that autograd keeps for backward, parameters apart.
 """
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -95,7 +96,8 @@ def lifecycle(pairs: int, resident: int) -> dict[str, Any]:
 
 
 def _stage(ours: nn.Module, wrapped: peft.PeftModel, home: str, pairs: int) -> dict[str, Any]:
-    rows: dict[str, dict[str, list[float]]] = {k: {"ours": [], "peft": []} for k in ("attach", "load", "switch", "detach")}
+    steps = ("attach", "load", "switch", "detach")
+    rows: dict[str, dict[str, list[float]]] = {step: {"ours": [], "peft": []} for step in steps}
 
     def note(row: str, who: str, run: Callable[[], object]) -> None:
         rows[row][who].append(clock(run))
@@ -118,8 +120,8 @@ def _stage(ours: nn.Module, wrapped: peft.PeftModel, home: str, pairs: int) -> d
 
 def switch_many() -> dict[str, Any]:
     """A switch at 560 sites: 80 blocks of width 64, seven linear maps each, as in an 80-block Llama."""
-    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=80, num_attention_heads=4,
-                                      vocab_size=100)
+    config = transformers.LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=80, vocab_size=100,
+                                      num_attention_heads=4)
     model = transformers.LlamaForCausalLM(config)
     every = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.gate", "mlp.down")
     for name in ("a", "b"):
@@ -204,10 +206,11 @@ def training(pairs: int) -> list[dict[str, Any]]:
 
 def machine(threads: int) -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
+    names = [line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")]
+    name = names[0] if names else platform.machine()
     return {"cpu": name, "threads": threads, "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "peft": peft.__version__, "slimtune": st.__version__,
-            "load_average": [round(x, 2) for x in __import__("os").getloadavg()]}
+            "load_average": [round(x, 2) for x in os.getloadavg()]}
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """The house: layers import downwards, siblings in methods/ not at all, files and functions stay small."""
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,10 +83,17 @@ def test_files_and_functions_are_small(path: Path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
 def test_heavy_packages_are_imported_where_they_are_used(path: Path):
-    """Importing slimtune imports torch and nothing else heavy; train/trainer.py is a transformers class itself."""
-    if path.name in ("trainer.py", "callback.py"):
+    """train/ subclasses transformers' Trainer and is itself imported where it is used; nothing else is so heavy."""
+    if layer(path) == "train":
         return
     for node in ast.parse(path.read_text()).body:
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
             [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
         assert not {n.split(".")[0] for n in names} & HEAVY, f"{path}: {names} at the top of the file"
+
+
+def test_importing_slimtune_imports_torch_and_nothing_else_heavy():
+    code = f"import slimtune, slimtune.cli.main, sys; print(sorted({HEAVY!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""

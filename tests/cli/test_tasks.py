@@ -23,10 +23,11 @@ def tuned(tmp_path, model, data, method="lora", **train):
 
 
 def test_pairs(cli, shelf, tmp_path):
-    rows = [(a, b, str(i % 2)) for i, ((a, _), (b, _)) in enumerate(zip(sentences(40, 0), sentences(40, 3), strict=True))]
+    rows = [(a, b, str(i % 2))
+            for i, ((a, _), (b, _)) in enumerate(zip(sentences(40, 0), sentences(40, 3), strict=True))]
     file = write_csv(tmp_path / "pairs.csv", rows, ("one", "two", "same"))
-    result = tuned(tmp_path, shelf / "bert", {"task": "classification", "train": str(file), "text": "one", "pair": "two",
-                                              "label": "same"})
+    data = {"task": "classification", "train": str(file), "text": "one", "pair": "two", "label": "same"}
+    result = tuned(tmp_path, shelf / "bert", data)
     assert set(result.metrics) == {"validation"}
     assert result.values["labels"] == ["0", "1"]
     one = cli("predict", tmp_path / "run", "--text", "a film", "--pair", "the story")
@@ -55,10 +56,11 @@ def test_token_classification(shelf, tmp_path):
     file = tmp_path / "tags.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = tuned(tmp_path, shelf / "bert", {"task": "token_classification", "train": str(file), "test": str(file)},
-                   steps=40, learning_rate=1e-2)
+                   steps=100, learning_rate=1e-2)
     found = list(predict_run(tmp_path / "run", file))
     assert [line["words"] for line in found] == [row["text"] for row in rows]
-    right = [g == t for line, row in zip(found, rows, strict=True) for g, t in zip(line["tags"], row["label"], strict=True)]
+    right = [g == t for line, row in zip(found, rows, strict=True)
+             for g, t in zip(line["tags"], row["label"], strict=True)]
     assert sum(right) / len(right) == pytest.approx(result.metrics["test"]["accuracy"])
     assert result.metrics["test"]["token_f1"] > 0.9  # the word itself tells
     long = next(predict_run(tmp_path / "run", [" ".join(["good"] * 30)]))

@@ -101,7 +101,7 @@ def show(results: list[dict[str, Any]], same: list[bool], svg: Path | None) -> N
                       f"{values['seconds']['train']:.0f}", f"{values['peak_memory']:.0f}", "yes" if equal else "NO")
     console = Console(record=True, width=132)
     console.print(table)
-    console.print("Trainable counts the head as well; % is adapter and norms. Peak is the whole process while it trains.")
+    console.print("Trainable counts the head as well; % is adapter and norms. Peak: the whole process, training.")
     if svg is not None:
         console.save_svg(str(svg), title="make demo")
 

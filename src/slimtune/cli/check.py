@@ -29,9 +29,11 @@ def check(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe
     table(["", ""], [["adapter", f"{found.count.adapter:,}"], ["norms", f"{found.count.norms:,}"],
                      ["head", f"{found.count.head:,}"], ["stored", f"{found.count.stored:,}"],
                      ["backbone", f"{found.count.backbone:,}"]], "numbers trained and stored")
+    print()
     table(["", ""], [[key, size(value)] for key, value in found.memory.items()],
-          "\nmemory, without activations (estimated)")
-    table(["", ""], [[key, value] for key, value in found.steps.items()], "\ndata and steps")
+          "memory, without activations (estimated)")
+    print()
+    table(["", ""], [[key, value] for key, value in found.steps.items()], "data and steps")
     for note in found.notes:
         print(f"note: {note}")
     print("\nThe recipe is valid; nothing was trained.")

@@ -45,12 +45,12 @@ def _lines() -> Report:
 def _bar() -> Iterator[Report]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                   TextColumn("{task.fields[shown]}")) as bar:
-        task = bar.add_task("training", total=None, shown="")
+        task = bar.add_task("loading", total=None, shown="")
 
         def report(event: dict[str, Any]) -> None:
-            bar.update(task, total=event["steps"], completed=event["step"])
+            bar.update(task, description="training", total=event["steps"], completed=event["step"])
             if event["event"] == "start" and event["step"]:
                 bar.console.print(f"resumed at step {event['step']}", highlight=False)
             elif event["event"] == "log":

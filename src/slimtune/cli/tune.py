@@ -40,7 +40,8 @@ def _show(values: dict[str, Any]) -> None:
     amount, unit = size(values["files"]["delta"]).split()
     rows += [["delta folder", amount, unit], ["training", f"{values['seconds']['train']:.1f}", "s"],
              ["peak memory", f"{values['peak_memory']:.0f}", "MiB"]]
-    table(["", "value", "unit"], rows, f"\n{values['name']}: {values['steps']:,} steps")
+    print()
+    table(["", "value", "unit"], rows, f"{values['name']}: {values['steps']:,} steps")
     for split, cut in values["cut"].items():
         if cut:
             print(f"note: {cut:,} of {values['examples'][split]:,} texts of {split} were longer than data.max_length "

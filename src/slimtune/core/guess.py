@@ -23,7 +23,8 @@ def guess(base: nn.Module) -> tuple[TowerSpec, ...]:
     Errors: AnatomyError when no such list is found; it names the lists that are there.
     """
     lists = [(path, m) for path, m in base.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    found = [(path, roles) for path, m in lists if "attn.q" in (roles := _roles(next(m.children())))]
+    every = [(path, _roles(next(m.children()))) for path, m in lists]
+    found = [(path, roles) for path, roles in every if "attn.q" in roles]
     outer = [(p, r) for p, r in found if not any(p.startswith(q + ".") for q, _ in found if q != p)]
     if not outer:
         raise AnatomyError(
@@ -36,7 +37,8 @@ def guess(base: nn.Module) -> tuple[TowerSpec, ...]:
 
 
 def _roles(block: nn.Module) -> dict[str, str]:
-    weights = {p: m.weight for p, m in block.named_modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    found = {p: getattr(m, "weight", None) for p, m in block.named_modules()}
+    weights = {p: weight for p, weight in found.items() if isinstance(weight, Tensor)}
     linears = [p for p, weight in weights.items() if weight.dim() == 2]
     roles: dict[str, str] = {}
     for role, pattern in _NAMES.items():
