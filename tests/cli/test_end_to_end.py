@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from slimtune.recipe import Recipe, digest_run, evaluate_run, predict_run, read_recipe, run
+from slimtune.recipe.folder import only_one
 
 HERE = Path(__file__).parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -225,3 +226,40 @@ def test_convert_to_peft_and_back_gives_the_same_delta(cli, recipe, tmp_path):
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert re.search(r"^task +classification$", cli("inspect", tmp_path / "back").stdout, re.MULTILINE)
     assert cli("convert", tmp_path / "run", tmp_path / "run").exit_code == 2
+
+
+def test_a_run_killed_after_training_is_finished_without_training_again(recipe, tmp_path):
+    first = run(read_recipe(recipe()))
+    folder = tmp_path / "run"
+    for name in ("result.json", "card.md"):
+        (folder / name).unlink()
+    again = run(read_recipe(recipe()))
+    assert again.values["resumed_from"] == "checkpoint-4"
+    assert again.values["predictions_sha256"] == first.values["predictions_sha256"]
+    assert again.metrics == first.metrics
+    assert (folder / "card.md").is_file()
+
+
+def test_two_processes_cannot_train_the_same_run(cli, recipe, tmp_path):
+    cli("tune", recipe(), "--quiet")
+    (tmp_path / "run" / "result.json").unlink()
+    with only_one(tmp_path / "run"):
+        result = cli("tune", recipe())
+    assert (result.exit_code, "another process" in result.stderr) == (2, True), result.output
+    assert cli("tune", recipe(), "--quiet").exit_code == 0
+
+
+def test_an_output_that_cannot_be_made_is_exit_1_without_a_traceback(cli, recipe, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = cli("tune", recipe(), f"output={tmp_path / 'file' / 'run'}")
+    assert result.exit_code == 1
+    assert "cannot be written" in result.stderr
+    at = cli("tune", recipe(), f"output={tmp_path / 'file'}")
+    assert (at.exit_code, "is a file" in at.stderr) == (2, True)
+
+
+def test_check_says_when_a_method_is_larger_than_the_machine(cli, recipe):
+    result = cli("check", recipe(), "method.rank=1000000000000")
+    assert result.exit_code == 0
+    assert "more memory than" in result.stdout
+    assert cli("tune", recipe(), "method.rank=1000000000000").exit_code == 1

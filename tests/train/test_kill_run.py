@@ -1,4 +1,5 @@
 """kill -9 at every file operation of a run; it then resumes unaided and ends bitwise as if nothing had happened."""
+import dataclasses
 import errno
 import gc
 import random
@@ -10,7 +11,7 @@ from train_toys import SPEC, attached, entries, run, sha
 from slimtune.errors import TrainError
 from slimtune.testing.kill import failing_io, file_operations, run_killed, run_killed_after
 from slimtune.train import TrainSpec, last_checkpoint
-from slimtune.train.checkpoint import MANIFEST, step_of, verify_folder
+from slimtune.train.checkpoint import MANIFEST, read_checkpoint, step_of, verify_folder, write_checkpoint
 
 SHORT = TrainSpec(**{**SPEC.model_dump(), "steps": 2, "save_every": 1, "eval_every": 2, "log_every": 1, "keep": 1})
 """Two steps, both saved; the second save deletes the first checkpoint."""
@@ -72,6 +73,28 @@ def check_resumes(folder, whole, where):
     assert entries(folder) == ENDS_WITH, where
     verify_folder(folder / "checkpoint-2", manifest_name=MANIFEST)
     shutil.rmtree(folder)
+
+
+def test_a_save_over_a_checkpoint_that_is_killed(tmp_path):
+    """At every operation the old one or the new one is found, and nothing else is left."""
+    folder = tmp_path / "run"
+    run(folder, spec=SHORT)
+    found = read_checkpoint(folder / "checkpoint-2")
+    new = dataclasses.replace(found, facts={**found.facts, "run": "new"})
+    for key in ("files", "self", "format", "format_version", "step", "slimtune"):
+        new.facts.pop(key)
+    points = file_operations(lambda: write_checkpoint(tmp_path / "run", new))
+    states = []
+    for n in range(1, len(points) + 1):
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        write_checkpoint(tmp_path / "again", dataclasses.replace(new, facts={**new.facts, "run": "old"}))
+        assert run_killed(lambda: write_checkpoint(tmp_path / "again", new), n)
+        path = last_checkpoint(tmp_path / "again")
+        assert path is not None, points[n - 1]
+        states.append(read_checkpoint(path).facts["run"])
+        assert entries(tmp_path / "again") == ["checkpoint-2"], points[n - 1]
+    assert states == sorted(states, reverse=True)
+    assert set(states) == {"old", "new"}
 
 
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO, errno.EROFS])

@@ -134,6 +134,17 @@ def test_another_spec_or_other_data_are_refused(whole, tmp_path):
     assert sha(run(tmp_path / "run", spec=free)[0]) == whole[1]
 
 
+def test_when_to_save_and_log_may_change(whole, tmp_path):
+    copy_run(whole[0], tmp_path / "run", 3)
+    events = []
+    free = EVERY.model_copy(update={"save_every": 4, "log_every": 3, "eval_every": 5})
+    delta, _ = run(tmp_path / "run", spec=free, report=events.append)
+    assert sha(delta) == whole[1]
+    assert [e["step"] for e in events if e["event"] == "save"] == [4, 8, 9]
+    assert [e["step"] for e in events if e["event"] == "log"] == [6, 9]
+    assert [e["step"] for e in events if e["event"] == "evaluate"] == [5, 9]
+
+
 def test_another_method_or_base_is_refused(whole, tmp_path):
     copy_run(whole[0], tmp_path / "run", 4)
     with pytest.raises(ValueError, match="another method"):

@@ -102,7 +102,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
 
 
 def _is_number(cell: str) -> bool:
-    return re.fullmatch(r"[-+]?[\d,.]+( [kMG]?B)?|undefined", cell) is not None
+    return re.fullmatch(r"[-+]?[\d,.]+( [kMGT]?B)?|undefined", cell) is not None
 
 
 def size(count: float) -> str:
@@ -112,7 +112,7 @@ def size(count: float) -> str:
         >>> size(302_212), size(91_000_000)
         ('302.2 kB', '91.0 MB')
     """
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count:.0f} B"

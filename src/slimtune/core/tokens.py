@@ -61,8 +61,11 @@ class Prompt(Method):
                 self._mark(build, tower, tower.path if tower.name == "decoder" else tower.blocks[-1], "strip")
 
     def _enter(self, build: Builder, tower: Tower) -> None:
-        embed = next(s for s in build.anatomy.sites if s.tower == tower.name and s.role == "embed")
         if tower.name in ("encoder", "decoder"):
+            embed = next((s for s in build.anatomy.sites if s.tower == tower.name and s.role == "embed"), None)
+            if embed is None:
+                raise MethodError(f"{type(self).__name__} cannot go on the {tower.name} of {build.anatomy.model_type}: "
+                                  "it has no token embeddings.", "Set method.towers to another tower.")
             site = Site(tower.name, None, "tokens", tower.path, embed.d_out, embed.d_out)
             build.slot(self, site, "prompt", self.params(site))
             hook_with(build.module(tower.path), _extend_text, pre=True)

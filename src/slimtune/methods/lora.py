@@ -28,7 +28,7 @@ class LoRA(Add):
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
     sites: tuple[str, ...] = ("attn.q", "attn.v")
 
-    silent: ClassVar[dict[str, str]] = {r"\.lora\.A$": "B is 0 at the start, so the first gradient stops there"}
+    silent: ClassVar[dict[str, str]] = {r"\.lora(_\d+)?\.A$": "B is 0 at the start, so the first gradient stops there"}
 
     @property
     def scale(self) -> float:

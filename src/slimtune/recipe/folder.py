@@ -20,6 +20,7 @@ except ImportError:  # Windows: no flock; two runs must not share a folder there
     fcntl = None
 
 RECIPE, ENV, RESULT, CARD, DELTA = "recipe.yaml", "env.json", "result.json", "card.md", "delta"
+LOCK = ".lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -48,7 +49,8 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
     folder = recipe.folder
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"output: {folder} is a file.", _other(recipe))
-    there = sorted(p.name for p in folder.iterdir() if not p.name.startswith(f".{RECIPE}.")) if folder.exists() else []
+    names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    there = [name for name in names if name != LOCK and not name.startswith(f".{RECIPE}.")]
     if not there:
         return
     if RECIPE not in there:
@@ -62,14 +64,22 @@ def check_folder(recipe: Recipe, resume: bool) -> None:
                           "Leave out --no-resume to go on with it.", _other(recipe))
 
 
-def begin(recipe: Recipe) -> None:
-    """Make the run's folder, with its recipe. Errors: TrainError when the disk does not take it."""
-    try:
-        recipe.folder.mkdir(parents=True, exist_ok=True)
-        write_text(recipe.folder / RECIPE, render(recipe))
-    except OSError as error:
-        raise TrainError(f"{recipe.folder}: cannot be written: {error.strerror}.",
-                         "Choose another folder: output=...") from None
+@contextlib.contextmanager
+def begun(recipe: Recipe, resume: bool) -> Iterator[None]:
+    """Makes the run's folder, with its recipe, and keeps other processes out of it.
+
+    Errors: as `check_folder`; SlimtuneError when another process trains this run; TrainError when the disk fails.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            recipe.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(only_one(recipe.folder))
+            check_folder(recipe, resume)
+            write_text(recipe.folder / RECIPE, render(recipe))
+        except OSError as error:
+            raise TrainError(f"{recipe.folder}: cannot be written: {error.strerror or error}.",
+                             "Choose another folder: output=...") from error
+        yield
 
 
 def _changed(recipe: Recipe, folder: Path) -> list[str]:
@@ -106,7 +116,7 @@ def only_one(folder: Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with (folder / RECIPE).open("rb") as file:
+    with (folder / LOCK).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,5 +1,6 @@
 """plan: what a recipe would train, from shapes alone: the model is built on the meta device, the data is read."""
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def plan(recipe: Recipe) -> Plan:
     model = load_model(recipe.model, recipe.data.task, label_names=labels, meta=True)
     delta = attach(model, recipe.method, recipe.delta_name, seed=recipe.seed)
     notes.append("activations are not estimated: `slimtune tune` reports the peak memory that it measured")
-    return Plan(delta.count(), memory(model, delta), steps(recipe, data), notes)
+    needed = memory(model, delta)
+    if sum(needed.values()) - needed["delta file"] > (there := physical_memory()):
+        notes.append(f"this is more memory than the {there / 1e9:.1f} GB of this machine")
+    return Plan(delta.count(), needed, steps(recipe, data), notes)
 
 
 def is_local(spec: DataSpec) -> bool:
@@ -60,6 +64,14 @@ def memory(model: nn.Module, delta: Delta) -> dict[str, int]:
     base = sum(p.nbytes for p in base_parameters(model).values()) + sum(b.nbytes for b in model.buffers())
     return {"backbone and head": base, "delta": size, "gradients": trained, "optimizer state": 2 * trained,
             "delta file": round(size * count.stored / max(held, 1)) + 8 + 120 * len(state)}
+
+
+def physical_memory() -> float:
+    """Bytes of this machine's memory; infinite where it does not tell."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def steps(recipe: Recipe, data: Prepared | None) -> dict[str, str]:

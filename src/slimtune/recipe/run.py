@@ -23,9 +23,8 @@ from slimtune.recipe.folder import (
     DELTA,
     ENV,
     RESULT,
-    begin,
+    begun,
     check_folder,
-    only_one,
     read_json,
     write_json,
     write_text,
@@ -74,17 +73,16 @@ def run(recipe: Recipe, *, resume: Literal["auto", False] = "auto", report: Repo
     report: see `slimtune.train.fit`. Errors: RecipeError for a folder that holds something else, DataError,
     MethodError, SiteError (nothing is written then); TrainError; Interrupted when told to stop.
     """
-    begun = time.monotonic()
+    start = time.monotonic()
     check_folder(recipe, resume == "auto")
     if (recipe.folder / RESULT).is_file():
         return Result(recipe.folder, read_json(recipe.folder / RESULT), again=True)
     parts = load(recipe)
-    begin(recipe)
-    with only_one(recipe.folder):
+    with begun(recipe, resume == "auto"):
         write_json(recipe.folder / ENV, environment())
         trained = fit(parts.delta, parts.data.train, parts.data.validation, parts.data.collate, parts.score,
                       recipe.train, recipe.folder, report=report, step=parts.step)
-        return _finish(recipe, parts, trained, begun)
+        return _finish(recipe, parts, trained, start)
 
 
 def load(recipe: Recipe) -> Parts:
@@ -131,7 +129,7 @@ def _check_best(recipe: Recipe, data: Prepared) -> None:
                           suggest(best, known))
 
 
-def _finish(recipe: Recipe, parts: Parts, trained: TrainResult, begun: float) -> Result:
+def _finish(recipe: Recipe, parts: Parts, trained: TrainResult, start: float) -> Result:
     """Save the delta, load it back, score that, and write what is known of the run; result.json last."""
     folder, data = recipe.folder, parts.data
     counts = parts.delta.count()
@@ -159,7 +157,7 @@ def _finish(recipe: Recipe, parts: Parts, trained: TrainResult, begun: float) ->
         "best_step": trained.best.name.rpartition("-")[2] if trained.best else None,
         "resumed_from": trained.resumed_from.name if trained.resumed_from else None,
         "stopped_early": trained.stopped_early,
-        "seconds": {"train": trained.seconds, "test": ended - saved, "all": ended - begun},
+        "seconds": {"train": trained.seconds, "test": ended - saved, "all": ended - start},
         "peak_memory": trained.peak_memory_mb, "added_memory": trained.added_memory_mb,
         "files": {DELTA: sum(p.stat().st_size for p in (folder / DELTA).iterdir()),
                   **{p.name: p.stat().st_size for p in sorted((folder / DELTA).iterdir())}},

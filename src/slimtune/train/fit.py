@@ -18,6 +18,7 @@ from slimtune.train.guard import Interrupted
 from slimtune.train.journal import Journal
 from slimtune.train.memory import PeakMemory
 from slimtune.train.predict import Score, Step, evaluate, logits
+from slimtune.train.setup import make_trainer
 from slimtune.train.signals import Signals
 from slimtune.train.spec import TrainSpec, more_is_better
 from slimtune.train.surroundings import surroundings
@@ -73,8 +74,6 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
         >>> result.metrics["accuracy"]                                                      # doctest: +SKIP
         0.91
     """
-    from slimtune.train.flow import make_trainer
-
     folder = _checked(delta, train_data, validation_data, metric_fn, spec, Path(folder))
     start, memory = time.monotonic(), PeakMemory()
     facts = {"spec": spec.model_dump(mode="json"), "data": fingerprint(train_data, collate)}

@@ -208,6 +208,7 @@ class DeltaTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
         epochs = super()._init_training_state(*args, **options)
+        self.state.compute_steps(self.args, self.state.max_steps)   # of this call, not of the one that saved
         if self._resumed is not None and self.state.best_global_step:
             best = self.folder / f"checkpoint-{self.state.best_global_step}"  # the run may have moved
             self.state.best_model_checkpoint = str(best)
