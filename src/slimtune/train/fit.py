@@ -13,12 +13,12 @@ from torch import Tensor
 from slimtune.core.delta import Delta
 from slimtune.data.examples import Collate
 from slimtune.errors import DataError, DeltaError, RecipeError, TrainError
+from slimtune.train.assemble import make_trainer
 from slimtune.train.checkpoint import checkpoints, last_checkpoint, prune, read_checkpoint, remove, step_of, tidy
 from slimtune.train.guard import Interrupted
 from slimtune.train.journal import Journal
 from slimtune.train.memory import PeakMemory
 from slimtune.train.predict import Score, Step, evaluate, logits
-from slimtune.train.setup import make_trainer
 from slimtune.train.signals import Signals
 from slimtune.train.spec import TrainSpec, more_is_better
 from slimtune.train.surroundings import surroundings
