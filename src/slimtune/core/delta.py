@@ -244,7 +244,7 @@ def activate(model: nn.Module, *names: str) -> None:
             raise DeltaError(f"no delta named '{name}' is attached.", f"There are: {listing(found) or 'none'}",
                              suggest(name, found))
     if found:
-        set_active(model._modules[CHILD], tuple(names))  # type: ignore[arg-type]
+        set_active(model._modules[CHILD], tuple(dict.fromkeys(names)))  # type: ignore[arg-type]
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:
