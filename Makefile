@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test test-slow lint setup clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m slimtune.bench.demo --output runs/demo
+	$(BIN)/python -m slimtune.bench.demo --output runs/demo --svg runs/demo/table.svg
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

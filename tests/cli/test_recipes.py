@@ -41,7 +41,7 @@ def test_it_runs_for_two_steps(cli, shelf, tmp_path, monkeypatch, path):
             find_model(recipe.model)
         except SlimtuneError as error:
             pytest.skip(error.what)
-    if path.stem == "drugreview-lora" and not any(d.name == PACKAGE for d in distributions()):
+    if path.stem == "drugreview" and not any(d.name == PACKAGE for d in distributions()):
         pytest.skip(f"{PACKAGE} is not installed")
     checked = cli("check", path, *overrides)
     assert checked.exit_code == 0, checked.output

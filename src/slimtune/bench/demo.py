@@ -27,7 +27,6 @@ name: {name}
 method: {method}
 """
 TOKENS = 64
-EVERYWHERE = "[attn.q, attn.k, attn.v, attn.o, mlp.up, mlp.down]"
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,9 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("linear probe", "linear_probe", "{name: linear_probe}", 1e-2, 6),
-    Entry("LoRA, r = 8, all linear maps", "lora", f"{{name: lora, rank: 8, alpha: 16, sites: {EVERYWHERE}}}", 1e-3, 6),
-    Entry("full fine-tuning", "full", "{name: full}", 1e-4, 6),
+    Entry("linear probe", "linear_probe", "linear_probe", 1e-2, 4),
+    Entry("IA3", "ia3", "ia3", 3e-2, 4),
+    Entry("full fine-tuning", "full", "full", 1e-4, 4),
 )
 
 
@@ -53,13 +52,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--svg", type=Path, help="write the table as a picture")
-    parser.add_argument("--digest", type=Path, help="print the digest of a run's test predictions, and stop")
+    parser.add_argument("--digest", type=Path, nargs="+", help="print the digests of runs' predictions, and stop")
     options = parser.parse_args()
     if options.digest:
-        print(digest_run(options.digest))
+        print(json.dumps([digest_run(folder) for folder in options.digest]))
         return
-    results = [tune(entry, options.output / f"seed{options.seed}", options.seed) for entry in ENTRIES]
-    same = [reload(options.output / f"seed{options.seed}" / e.name, r) for e, r in zip(ENTRIES, results, strict=True)]
+    output = options.output / f"seed{options.seed}"
+    results = [tune(entry, output, options.seed) for entry in ENTRIES]
+    again = reload([output / entry.name for entry in ENTRIES])
+    same = [digest == values["predictions_sha256"] for digest, values in zip(again, results, strict=True)]
     show(results, same, options.svg)
     if not all(same):
         raise SystemExit("a delta that was loaded in a new process predicts something else")
@@ -80,11 +81,11 @@ def tune(entry: Entry, output: Path, seed: int) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
-def reload(folder: Path, result: dict[str, Any]) -> bool:
-    """Whether a new process, with the delta from its file, gives the very logits of the run."""
-    command = [sys.executable, "-m", "slimtune.bench.demo", "--digest", str(folder)]
-    digest = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
-    return digest == result["predictions_sha256"]
+def reload(folders: list[Path]) -> list[str]:
+    """Digests of the runs' test predictions in a new process, with each delta from its file."""
+    command = [sys.executable, "-m", "slimtune.bench.demo", "--digest", *map(str, folders)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def show(results: list[dict[str, Any]], same: list[bool], svg: Path | None) -> None:
