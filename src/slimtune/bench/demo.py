@@ -26,7 +26,7 @@ seed: {seed}
 name: {name}
 method: {method}
 """
-TOKENS = 64
+TOKENS = 56
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Entry:
 ENTRIES = (
     Entry("linear probe", "linear_probe", "linear_probe", 1e-2, 4),
     Entry("IA3", "ia3", "ia3", 3e-2, 4),
-    Entry("full fine-tuning", "full", "full", 1e-4, 4),
+    Entry("full fine-tuning", "full", "full", 2e-4, 4),
 )
 
 
