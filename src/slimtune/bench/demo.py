@@ -26,7 +26,7 @@ seed: {seed}
 name: {name}
 method: {method}
 """
-TOKENS = 56
+TOKENS = 60
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Entry:
 ENTRIES = (
     Entry("linear probe", "linear_probe", "linear_probe", 1e-2, 4),
     Entry("IA3", "ia3", "ia3", 3e-2, 4),
-    Entry("full fine-tuning", "full", "full", 2e-4, 4),
+    Entry("full fine-tuning", "full", "full", 1e-4, 4),
 )
 
 
@@ -94,13 +94,13 @@ def show(results: list[dict[str, Any]], same: list[bool], svg: Path | None) -> N
                         f"{results[0]['examples']['test']} test, cut to {TOKENS} tokens")
     for name in ("method", "trainable", "% of backbone", "stored", "delta on disk", "macro-F1", "accuracy", "seconds",
                  "peak MiB", "reloads bitwise"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
     for entry, values, equal in zip(ENTRIES, results, same, strict=True):
         counts, test = values["counts"], values["metrics"]["test"]
         table.add_row(entry.title, f"{counts['trainable']:,}", f"{values['percent']:.2f}", f"{counts['stored']:,}",
                       f"{values['files']['delta'] / 1e6:.2f} MB", f"{test['macro_f1']:.3f}", f"{test['accuracy']:.3f}",
                       f"{values['seconds']['train']:.0f}", f"{values['peak_memory']:.0f}", "yes" if equal else "NO")
-    console = Console(record=True, width=132)
+    console = Console(record=True, width=140)
     console.print(table)
     console.print("Trainable counts the head as well; % is adapter and norms. Peak: the whole process, training.")
     if svg is not None:
