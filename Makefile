@@ -10,8 +10,9 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(VENV)/.demo
 	$(BIN)/python -m slimtune.bench.demo --output runs/demo --svg runs/demo/table.svg
 
+# two workers of one thread each: more threads than cores wait for one another
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
