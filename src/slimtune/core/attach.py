@@ -101,6 +101,7 @@ class _Build:
         self.name, self.seed, self.state = name, seed, state
         self.delta = Delta(model, name, methods, anatomy, seed)
         self.used: set[str] = set()
+        self.modules: dict[str, nn.Module] = {}
 
     def run(self) -> Delta:
         keys: list[str] = []
@@ -124,7 +125,9 @@ class _Build:
         return self.delta
 
     def module(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)
+        if path not in self.modules:
+            self.modules[path] = self.model.get_submodule(path)
+        return self.modules[path]
 
     def _share(self, method: Method) -> None:
         where, shared = getattr(method, "where", None), getattr(method, "shared", None)
@@ -141,7 +144,9 @@ class _Build:
     def slot(self, method: Method, site: Site, kind: str, params: Params) -> Slot:
         host = self.module(site.path)
         slot = Slot(method, site, kind, f"{site.name}.{self.key}", self.delta.shared.get(self.key))
-        like = next((p for p in host.parameters() if p.is_floating_point()), None)
+        like = host._parameters.get("weight")
+        if like is None or not like.is_floating_point():
+            like = next((p for p in host.parameters() if p.is_floating_point()), None)
         if like is None:  # a dropout module has no tensors; its neighbours tell device and dtype
             like = next(self.module(site.source or site.path.rpartition(".")[0]).parameters())
         for name, init in params.items():
