@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from conftest import sentences, write_csv
+from cli_toys import sentences, write_csv
 
 from slimtune.data import DataSpec
 from slimtune.recipe import digest_run, predict_run, read_recipe, run
