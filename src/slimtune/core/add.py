@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from slimtune.core.affine import affine
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.init import Params
 from slimtune.core.insert import Bound, hook_input, hook_output
@@ -35,9 +36,16 @@ class Add(Method):
         """What it trains once for all sites."""
         return {}
 
+    def all_params(self, sites: Sequence[Site]) -> list[Params]:
+        """What it trains at each of its sites, for a method whose start depends on how many there are."""
+        return [self.params(site) for site in sites]
+
     def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
-        """The new y of a site. Shapes: x (..., T, d_in), y (..., T, d_out)."""
-        raise NotImplementedError
+        """The new y of a site; by default y + x weight^T. Shapes: x (..., T, d_in), y (..., T, d_out)."""
+        update = self.weight(p)
+        if update is None:
+            raise NotImplementedError
+        return y + affine(x, update)
 
     def weight(self, p: Bound) -> Tensor | None:
         """The update of the site's weight, (d_out, d_in), for a method that is one."""
@@ -56,9 +64,9 @@ class Add(Method):
 
     def install(self, build: Builder) -> None:
         sites = self.where(build.anatomy)
-        for site in sites:
+        for site, params in zip(sites, self.all_params(sites), strict=True):
             host = build.module(site.path)
-            build.slot(self, site, site.at, self.params(site))
+            build.slot(self, site, site.at, params)
             (hook_input if site.at == "input" else hook_output)(host)
             if site.source is not None:
                 build.feed(site)

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from slimtune.core.anatomy import Anatomy, dissect
 from slimtune.core.delta import Delta, check_names, check_tensor, release, set_active, strip
 from slimtune.core.init import Init, Params
-from slimtune.core.insert import CHILD, Root, Slot, hook_source, insert_at
+from slimtune.core.insert import CHILD, Root, Slot, hook_source, insert_at, weight_at
 from slimtune.core.method import NORMS, Method, base_dtype, key_of
 from slimtune.core.reentrant import open_checkpoints
-from slimtune.core.sites import Site
+from slimtune.core.sites import Site, join, lookup
 from slimtune.core.unfreeze import Owned, base_parameters, is_frozen_kind, places_of
 from slimtune.errors import DeltaError, MethodError, listing
 
@@ -53,11 +53,12 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
 
 
 def _methods(method: Method | Sequence[Method]) -> tuple[Method, ...]:
-    methods = (method,) if isinstance(method, Method) else tuple(method)
-    for m in methods:
+    given = (method,) if isinstance(method, Method) else tuple(method)
+    for m in given:
         if not isinstance(m, Method):
             raise MethodError(f"attach takes a method or a list of methods, and got {type(m).__name__}.",
                               "Pass for example slimtune.methods.LoRA(rank=8).")
+    methods = [part for m in given for part in m.parts()]
     if not methods:
         raise MethodError("attach got an empty list of methods.", "Pass at least one.")
     sides = [type(m).__name__ for m in methods if m.primitive == "side"]
@@ -150,26 +151,35 @@ class _Build:
         if like is None:  # a dropout module has no tensors; its neighbours tell device and dtype
             like = next(self.module(site.source or site.path.rpartition(".")[0]).parameters())
         for name, init in params.items():
-            slot.register_parameter(name, self._parameter(f"{slot.label}.{name}", init, like))
+            weight = None if init.reads is None else self._weight(method, host, site)
+            slot.register_parameter(name, self._parameter(f"{slot.label}.{name}", init, like, weight))
         slot.train(host.training)
         insert_at(host, self.plan).add(self.name, slot)
         self.delta.hosts.append(host)
         self.delta.slots.append((site.path, slot))
         return slot
 
+    def _weight(self, method: Method, host: nn.Module, site: Site) -> Tensor:
+        weight = host._parameters.get("weight")
+        if weight is None or is_frozen_kind(weight):
+            raise MethodError(f"{type(method).__name__} starts from the weight of {site.name}, which is "
+                              f"{'not there' if weight is None else f'quantised ({weight.dtype})'}.",
+                              "Use a method that does not read the weight, such as LoRA.")
+        return weight_at(host, site)
+
     def feed(self, site: Site) -> None:
         """Let the input of the site's source reach its host."""
         source = self.module(str(site.source))
-        hook_source(source, self.module(site.path), self.plan)
+        hook_source(source, str(site.source), self.module(site.path), self.plan)
         self.delta.hosts.append(source)
 
-    def _parameter(self, key: str, init: Init, like: Tensor) -> nn.Parameter:
-        dtype = base_dtype(like)
+    def _parameter(self, key: str, init: Init, like: Tensor, weight: Tensor | None = None) -> nn.Parameter:
+        dtype = init.dtype or base_dtype(like)
         if self.state is not None and key in self.state:
-            given = check_tensor(f"delta '{self.name}': {key}", self.state[key], init.shape)
+            given = check_tensor(f"delta '{self.name}': {key}", self.state[key], init.shape, dtype=dtype)
             value = given.to(device=like.device, dtype=dtype, copy=True)
         else:
-            value = init.make(self.seed, key, like.device, dtype)
+            value = init.make(self.seed, key, like.device, dtype, weight)
         return nn.Parameter(value, requires_grad=init.trainable)
 
     def own(self, tensors: Sequence[str], group: Literal["adapter", "norms", "head"], trained: bool = True) -> None:
@@ -200,9 +210,19 @@ class _Build:
             self.own([f"{path}.{n}" for path in paths for n, _ in self.module(path).named_parameters(recurse=False)],
                      "norms")
 
+    def _pooler(self, method: Method) -> list[str]:
+        if not method.pooler:
+            return []
+        path = join(self.anatomy.base, "pooler")
+        if lookup(self.model, path) is None:
+            raise MethodError(f"{type(method).__name__}.pooler: this {self.anatomy.model_type} has no pooler.",
+                              "Leave pooler out.")
+        return [path]
+
     def _head(self, method: Method) -> None:
         if method.head == "none":
             return
-        paths = [f"{head}.{n}" for head in self.anatomy.heads for n, _ in self.module(head).named_parameters()]
+        heads = [*self._pooler(method), *self.anatomy.heads]
+        paths = [f"{head}.{n}" for head in heads for n, _ in self.module(head).named_parameters()]
         self.own([p for p in paths if CHILD not in p.split(".")], "head", trained=method.head == "train")
 

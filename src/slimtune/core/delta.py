@@ -69,7 +69,7 @@ class Delta:
         tensors = self.tensors()
         check_names(tensors, state, f"delta '{self.name}'")
         for name, value in state.items():
-            check_tensor(f"delta '{self.name}': {name}", value, tuple(tensors[name].shape))
+            check_tensor(f"delta '{self.name}': {name}", value, tuple(tensors[name].shape), dtype=tensors[name].dtype)
         for name, value in state.items():
             tensors[name].copy_(value)
 
@@ -262,11 +262,13 @@ def check_names(have: Mapping[str, Any], given: Mapping[str, Any], who: str) -> 
                          f"Extra: {listing(extra, 6)}" if extra else "", "Nothing was loaded.")
 
 
-def check_tensor(who: str, given: Tensor, shape: tuple[int, ...], advice: str = "") -> Tensor:
-    """The tensor itself. Errors: DeltaError when it has another shape, or is not of floating point."""
+def check_tensor(who: str, given: Tensor, shape: tuple[int, ...], advice: str = "",
+                 dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor itself. Errors: DeltaError when it has another shape, or is no float where one should be."""
     if tuple(given.shape) != shape:
         raise DeltaError(f"{who} has shape {tuple(given.shape)}, and should have {shape}.", advice,
                          "Nothing was loaded.")
-    if not given.is_floating_point():
-        raise DeltaError(f"{who} holds {given.dtype}, and should hold floating-point numbers.", "Nothing was loaded.")
+    if given.is_floating_point() != dtype.is_floating_point or not (dtype.is_floating_point or given.dtype == dtype):
+        what = "floating-point numbers" if dtype.is_floating_point else dtype
+        raise DeltaError(f"{who} holds {given.dtype}, and should hold {what}.", "Nothing was loaded.")
     return given

@@ -22,11 +22,13 @@ CHILD = "slimtune"
 class Plan:
     """What every insert of one model shares: the names of the active deltas, in order.
 
+    weights: the share of each, when they are averaged and not stacked.
     `carry` holds what a side network or a prompt hands from one hook to the next, by thread.
     """
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
+        self.weights: dict[str, float] = {}
         self.carry: dict[tuple[int, str], Any] = {}
 
     def put(self, key: str, value: Any) -> None:
@@ -40,14 +42,31 @@ class Plan:
 
 
 class Bound:
-    """The tensors a method's equation runs on, with the facts of the place: `p["A"]`, `p.training`.
+    """The tensors a method's equation runs on, with the facts of the place: `p["A"]`, `p.training`."""
 
-    again(t): the host module run on another input, for methods that pass a norm twice.
-    """
+    def __init__(self, values: dict[str, Tensor], site: Site, training: bool, host: nn.Module | None = None) -> None:
+        self.values, self.site, self.training, self.host = values, site, training, host
 
-    def __init__(self, values: dict[str, Tensor], site: Site, training: bool,
-                 again: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.values, self.site, self.training, self.again = values, site, training, again
+    def again(self, t: Tensor) -> Tensor:
+        """The host module run on another input, for methods that pass a norm twice."""
+        assert self.host is not None
+        return self.host.forward(t)
+
+    @property
+    def base(self) -> Tensor:
+        """The site's frozen weight, (d_out, d_in), in the dtype of the parameters."""
+        assert self.host is not None
+        weight = weight_at(self.host, self.site)
+        return cast(weight, next(iter(self.values.values())).dtype)
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        """The site's frozen bias, (d_out), or None."""
+        bias = None if self.host is None else self.host._parameters.get("bias")
+        if bias is None:
+            return None
+        part = slice(None) if self.site.part is None else slice(*self.site.part)
+        return cast(bias[part], next(iter(self.values.values())).dtype)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.values[name]
@@ -83,7 +102,7 @@ class Slot(nn.Module):
         values: dict[str, Tensor] = {}
         for module in (*self._shared, self):
             values |= {k: cast(v, like.dtype) for k, v in module._parameters.items() if v is not None}
-        return Bound(values, self.site, self.training, None if host is None else host.forward)
+        return Bound(values, self.site, self.training, host)
 
     def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y with this slot's method applied: on its slice, where the projection is fused."""
@@ -105,8 +124,8 @@ class Insert(nn.Module):
         super().__init__()
         self.plan = plan
         self.groups: dict[str, tuple[Slot, ...]] = {}
-        self.stash: dict[int, Tensor] = {}
-        self.feeds: tuple[Insert, ...] = ()
+        self.stash: dict[tuple[int, str], Tensor] = {}
+        self.feeds: tuple[tuple[Insert, str], ...] = ()
 
     def add(self, name: str, slot: Slot) -> None:
         group = self.groups.get(name, ())
@@ -121,6 +140,14 @@ class Insert(nn.Module):
         """The slots of one kind that run now, in the order of the active deltas."""
         groups = self.groups
         return [slot for name in self.plan.active if name in groups for slot in groups[name] if slot.kind == kind]
+
+    def fed(self, slot: Slot, x: Tensor) -> Tensor:
+        """What a slot reads: the input of its source, where that is not its host."""
+        return x if slot.site.source is None else self.stash.get((thread(), slot.site.source), x)
+
+    def clear(self) -> None:
+        for key in [k for k in self.stash if k[0] == thread()]:
+            del self.stash[key]
 
 
 class Root(Insert):
@@ -138,6 +165,13 @@ class Root(Insert):
         self.places: list[tuple[str, nn.Module, str]] | None = None
         self.digests: tuple[Any, dict[str, str]] | None = None
         self.shared = nn.Module()
+
+
+def weight_at(host: nn.Module, site: Site) -> Tensor:
+    """The host's weight as the site sees it: (d_out, d_in), its slice where the projection is fused."""
+    weight: Tensor = host._parameters["weight"]  # type: ignore[assignment]
+    view = weight.mT if site.transposed else weight
+    return view if site.part is None else view[slice(*site.part)]
 
 
 def cast(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -171,12 +205,12 @@ def hook_with(host: nn.Module, function: Any, pre: bool = False) -> None:
     _once(hooks, function, lambda: register(function, with_kwargs=True))
 
 
-def hook_source(source: nn.Module, target: nn.Module, plan: Plan) -> None:
-    """Let the input of `source` reach the slots of `target`, within one forward of their block."""
+def hook_source(source: nn.Module, path: str, target: nn.Module, plan: Plan) -> None:
+    """Let the input of `source`, at `path`, reach the slots of `target`, within one forward of their block."""
     insert, sink = insert_at(source, plan), insert_at(target, plan)
-    if all(fed is not sink for fed in insert.feeds):
-        insert.feeds = (*insert.feeds, sink)
-    _once(source._forward_pre_hooks, _feed, lambda: source.register_forward_pre_hook(_feed))
+    if all(fed is not sink for fed, _ in insert.feeds):
+        insert.feeds = (*insert.feeds, (sink, path))
+    hook_with(source, _feed, pre=True)
 
 
 def _once(hooks: dict[int, Any], function: Any, register: Callable[[], object]) -> None:
@@ -198,7 +232,7 @@ def prune(host: nn.Module, functions: tuple[Any, ...]) -> None:
     """Take our hooks and child off a host where no delta has a slot any more."""
     insert = host._modules[CHILD]
     assert isinstance(insert, Insert)
-    insert.feeds = tuple(fed for fed in insert.feeds if fed.groups)
+    insert.feeds = tuple(feed for feed in insert.feeds if feed[0].groups)
     if not insert.groups and not insert.feeds:
         unhook(host, functions)
         if not isinstance(insert, Root):
@@ -216,11 +250,11 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _feed(source: nn.Module, args: tuple[Any, ...]) -> None:
+def _feed(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     insert: Insert = source._modules[CHILD]  # type: ignore[assignment]
-    for sink in insert.feeds:
+    for sink, path in insert.feeds:
         if any(name in sink.groups for name in insert.plan.active):
-            sink.stash[thread()] = args[0]
+            sink.stash[thread(), path] = first(args, kwargs)
 
 
 def _output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -228,11 +262,8 @@ def _output(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     slots = insert.live("output")
     if not slots:
         return None
-    fed = insert.stash.pop(thread(), None)
-    y = out[0] if isinstance(out, tuple) else out
-    for slot in slots:
-        x = first(args, kwargs) if slot.site.source is None or fed is None else fed
-        y = slot.run(host, x, y)
+    y = _through(insert, slots, host, first(args, kwargs), out[0] if isinstance(out, tuple) else out)
+    insert.clear()
     return (y, *out[1:]) if isinstance(out, tuple) else y
 
 
@@ -241,12 +272,29 @@ def _input(host: nn.Module, args: tuple[Any, ...]) -> Any:
     slots = insert.live("input")
     if not slots:
         return None
-    y, fed = args[0], insert.stash.get(thread())
-    for slot in slots:
-        y = slot.run(host, y if slot.site.source is None or fed is None else fed, y)
+    y = _through(insert, slots, host, None, args[0])
     if not insert.live("output"):  # nobody else reads it
-        insert.stash.pop(thread(), None)
+        insert.clear()
     return (y, *args[1:])
+
+
+def _through(insert: Insert, slots: list[Slot], host: nn.Module, x: Tensor | None, y: Tensor) -> Tensor:
+    """y behind all slots: one after the other, or the weighted sum of what each delta alone would change."""
+    weights = insert.plan.weights
+    if not weights:
+        return _stacked(insert, slots, host, x, y)
+    total = y
+    for name in dict.fromkeys(insert.plan.active):
+        own = [slot for slot in slots if slot in insert.groups.get(name, ())]
+        if own:
+            total = total + weights[name] * (_stacked(insert, own, host, x, y.clone()) - y)
+    return total
+
+
+def _stacked(insert: Insert, slots: list[Slot], host: nn.Module, x: Tensor | None, y: Tensor) -> Tensor:
+    for slot in slots:
+        y = slot.run(host, insert.fed(slot, y if x is None else x), y)
+    return y
 
 
 HOOKS = (_output, _input, _feed)

@@ -5,7 +5,7 @@ subclasses one of them and states where it goes, what it trains and its equation
 `slimtune.methods`; `register` adds one from anywhere else.
 """
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -39,6 +39,7 @@ class Method(BaseModel):
 
     head: train the task head, keep it at its (saved) start, or leave it out of the delta.
     norms: which of the backbone's norms are trained beside the method, as its paper does by default.
+    pooler: train the backbone's pooler with the head: of use where it is not pretrained.
     blocks: the blocks it goes on, counted within each tower, negative from the end; all by default.
     """
 
@@ -46,6 +47,7 @@ class Method(BaseModel):
 
     head: Literal["train", "freeze", "none"] = Field("train", description="train, freeze or leave out the task head")
     norms: Literal["none", "all", "mlp", "attn"] = Field("none", description="backbone norms trained beside it")
+    pooler: bool = Field(False, description="train the pooler with the head")
     blocks: tuple[int, ...] | None = Field(None, description="blocks it goes on, per tower; all by default")
 
     primitive: ClassVar[str] = ""
@@ -57,6 +59,18 @@ class Method(BaseModel):
     def install(self, build: Builder) -> None:
         """Put the method on the backbone."""
         raise NotImplementedError
+
+    def parts(self) -> list["Method"]:
+        """The methods that it is a union of; itself alone by default."""
+        return [self]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether `calibrate` is to be called before training."""
+        return False
+
+    def calibrate(self, delta: Any, batches: Iterable[dict[str, Any]]) -> None:
+        """Set a start that needs data. batches: the model's inputs, labels included."""
 
     def final(self, slots: list[Slot]) -> tuple["Method", dict[str, torch.Tensor]] | None:
         """What is saved in its stead when training is over: (method, state); None for itself."""

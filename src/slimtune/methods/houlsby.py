@@ -4,15 +4,12 @@
 
 Source: Houlsby et al., 2019, "Parameter-Efficient Transfer Learning for NLP", arXiv 1902.00751, section 2.
 """
-from typing import ClassVar, Literal
+from typing import Literal
 
-from pydantic import Field
-from torch import Tensor
-
-from slimtune.core import Activation, Add, Bound, Params, Site, bottleneck, bottleneck_params
+from slimtune.core import Activation, Adapter, InitName, Params, truncated_normal
 
 
-class Houlsby(Add):
+class Houlsby(Adapter):
     """Two sequential adapters a block, with all norms trained beside them.
 
     Trains 2 (2 m d + m + d) numbers a block: 2,379,264 on BERT-base at m = 64, beside 38,400 in norms.
@@ -22,18 +19,13 @@ class Houlsby(Add):
         y: (..., T, d), the sub-layer's output before the residual sum.
     """
 
-    bottleneck: int = Field(64, ge=1, description="m")
     activation: Activation = "gelu"
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="inside the bottleneck, in training")
+    init: InitName = "houlsby"
     sites: tuple[str, ...] = ("self.attn", "mlp")
     norms: Literal["none", "all", "mlp", "attn"] = "all"
     compat: Literal["paper", "official"] = "paper"
 
-    identity: ClassVar[bool] = False
-
-    def params(self, site: Site) -> Params:
-        init = "houlsby" if self.compat == "paper" else "houlsby_official"
-        return bottleneck_params(site.d_out, self.bottleneck, site.d_out, init)
-
-    def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
-        return y + bottleneck(p, y, self.activation, self.dropout)
+    def project_params(self, name: str, d_in: int, d_out: int) -> Params:
+        if self.compat == "official":
+            return {name: truncated_normal(d_out, d_in, std=0.001)}
+        return super().project_params(name, d_in, d_out)

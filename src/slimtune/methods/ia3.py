@@ -7,7 +7,7 @@ In-Context Learning" (T-Few), arXiv 2205.05638, section 3.3.
 """
 from torch import Tensor
 
-from slimtune.core import Add, Bound, Params, Site, ones
+from slimtune.core import Add, Bound, Params, Site, ones, vector
 
 
 class IA3(Add):
@@ -25,7 +25,7 @@ class IA3(Add):
         return {"l": ones(site.d_out)}
 
     def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
-        return y * (p["l"] if p["l"].dim() == 1 else p["l"].view(-1, *[1] * (y.dim() - 2), y.shape[-1]))
+        return y * vector(p["l"], y)
 
     def fold(self, p: Bound, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if p.site.at == "input":

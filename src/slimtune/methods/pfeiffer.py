@@ -9,15 +9,13 @@ In a pre-norm block (GPT-2, T5, ViT) there is no such norm, and h <- h + f(h).
 Source: Pfeiffer et al., 2021, "AdapterFusion", arXiv 2005.00247, section 3.2.2; the order of norms as in
 AdapterHub's configuration of that name.
 """
-from typing import ClassVar
-
 from pydantic import Field
 from torch import Tensor
 
-from slimtune.core import Activation, Add, Anatomy, Bound, Params, Site, bottleneck, bottleneck_params
+from slimtune.core import Adapter, Anatomy, Bound, Site
 
 
-class Pfeiffer(Add):
+class Pfeiffer(Adapter):
     """One sequential adapter a block; the norms stay frozen.
 
     Trains 2 m d + m + d numbers a block: 894,528 on BERT-base at m = 48 (reduction 16).
@@ -27,11 +25,6 @@ class Pfeiffer(Add):
     """
 
     bottleneck: int = Field(48, ge=1, description="m")
-    activation: Activation = "relu"
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="inside the bottleneck, in training")
-    sites: tuple[str, ...] = ("mlp",)
-
-    identity: ClassVar[bool] = False
 
     def where(self, anatomy: Anatomy) -> list[Site]:
         chosen = super().where(anatomy)
@@ -39,12 +32,5 @@ class Pfeiffer(Add):
         return [norms[s.tower, s.block, "norm.mlp"] if anatomy.tower(s.tower).post_norm and s.role == "mlp" else s
                 for s in chosen]
 
-    def params(self, site: Site) -> Params:
-        return bottleneck_params(site.d_out, self.bottleneck, site.d_out, "bert")
-
-    def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
-        update = bottleneck(p, y, self.activation, self.dropout)
-        if p.site.role != "norm.mlp":
-            return y + update
-        assert p.again is not None
-        return p.again(update + x)
+    def compose(self, p: Bound, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        return p.again(update + x) if p.site.role == "norm.mlp" else y + update

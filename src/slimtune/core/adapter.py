@@ -1,0 +1,100 @@
+"""Adapter: a bottleneck at a site, and the ways to put one there; the unified view's design space.
+
+    y <- y + s f(u),    f(u) = W_up act(W_down u + b_down) + b_up
+
+    sequential:  u = y, the sub-layer's output;    parallel:  u = x, its input
+
+An optional layer norm stands before the bottleneck or behind it. What W_down and W_up are made of is
+`project`: dense here, other maps in a subclass.
+
+Source: He et al., 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv
+2110.04366, table 1.
+"""
+from typing import ClassVar, Literal, TypeAlias
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from slimtune.core.add import Add
+from slimtune.core.affine import ACTIVATIONS, Activation, affine, layer_norm, scalar
+from slimtune.core.init import Init, Params, kaiming, normal, ones, truncated_normal, zeros
+from slimtune.core.insert import Bound
+from slimtune.core.sites import Site
+
+InitName: TypeAlias = Literal["bert", "lora", "houlsby", "small"]
+
+STARTS = {"bert": 0.02, "houlsby": 0.01, "houlsby_official": 0.001, "small": 0.01}
+
+
+class Adapter(Add):
+    """A bottleneck of width m with a residual.
+
+    Trains m (d_in + d_out) + m + d_out numbers a site, 2 d more with a layer norm, 1 more with a learned scale.
+    init: "bert", all weights N(0, 0.02^2); "lora", down kaiming and up 0, an identity; "houlsby", N(0, 0.01^2)
+    cut at two deviations; "small", N(0, 0.01^2). Biases start at 0.
+
+    Shapes:
+        x: (..., T, d_in), the sub-layer's input; y: (..., T, d_out), its output.
+    """
+
+    bottleneck: int = Field(64, ge=1, description="m")
+    form: Literal["sequential", "parallel"] = Field("sequential", description="reads y, or x")
+    scale: float = Field(1.0, description="s; the start of it when it is learned")
+    learned_scale: bool = Field(False, description="train one scale a site")
+    activation: Activation = "relu"
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="inside the bottleneck, in training")
+    layer_norm: Literal["none", "in", "out"] = Field("none", description="a layer norm before or behind f")
+    init: InitName = "bert"
+    sites: tuple[str, ...] = ("mlp",)
+
+    identity: ClassVar[bool] = False
+
+    def params(self, site: Site) -> Params:
+        d_in = site.d_in if self.form == "parallel" else site.d_out
+        norm = d_in if self.layer_norm == "in" else site.d_out
+        extra = {} if self.layer_norm == "none" else {"ln": ones(norm), "ln_bias": zeros(norm)}
+        if self.learned_scale:
+            extra["gain"] = ones()
+        return {**self.project_params("down", d_in, self.bottleneck), "down_bias": zeros(self.bottleneck),
+                **self.project_params("up", self.bottleneck, site.d_out), "up_bias": zeros(site.d_out), **extra}
+
+    def project_params(self, name: str, d_in: int, d_out: int) -> Params:
+        """What a projection of the bottleneck trains, its bias apart."""
+        return {name: _start(self.init, name, d_out, d_in)}
+
+    def project(self, p: Bound, name: str, u: Tensor) -> Tensor:
+        """A projection with its bias. Shapes: u (..., d_in) -> (..., d_out)."""
+        return affine(u, p[name], p[f"{name}_bias"])
+
+    def update(self, p: Bound, u: Tensor) -> Tensor:
+        """s f(u), with its layer norm."""
+        if self.layer_norm == "in":
+            u = layer_norm(u, p["ln"], p["ln_bias"])
+        h = ACTIVATIONS[self.activation](self.project(p, "down", u))
+        if self.dropout and p.training:
+            h = F.dropout(h, self.dropout)
+        out = self.project(p, "up", h)
+        if self.scale != 1.0:
+            out = self.scale * out
+        if self.learned_scale:
+            out = out * scalar(p["gain"], out)
+        return layer_norm(out, p["ln"], p["ln_bias"]) if self.layer_norm == "out" else out
+
+    def reads(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
+        """u."""
+        return x if self.form == "parallel" else y
+
+    def compose(self, p: Bound, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        """The new y of an update; AdapterFusion composes many adapters' with it."""
+        return y + update
+
+    def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
+        return self.compose(p, x, y, self.update(p, self.reads(p, x, y)))
+
+
+def _start(init: str, name: str, d_out: int, d_in: int) -> Init:
+    if init == "lora":
+        return kaiming(d_out, d_in) if name == "down" else zeros(d_out, d_in)
+    make = truncated_normal if init.startswith("houlsby") else normal
+    return make(d_out, d_in, std=STARTS[init])
