@@ -9,6 +9,7 @@ from slimtune.core import (
     TowerSpec,
     activate,
     attach,
+    average,
     deltas,
     dissect,
     register,
@@ -18,5 +19,5 @@ from slimtune.io.load import load
 
 __version__ = "0.1.0"
 
-__all__ = ["Anatomy", "Count", "Delta", "Method", "Site", "SlimtuneError", "TowerSpec", "activate", "attach", "deltas",
-           "dissect", "load", "methods", "register"]
+__all__ = ["Anatomy", "Count", "Delta", "Method", "Site", "SlimtuneError", "TowerSpec", "activate", "attach", "average",
+           "deltas", "dissect", "load", "methods", "register"]

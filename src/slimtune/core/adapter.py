@@ -50,6 +50,15 @@ class Adapter(Add):
 
     identity: ClassVar[bool] = False
 
+    def starts_as_identity(self) -> bool:
+        return self.init == "lora"
+
+    def resting(self) -> dict[str, str]:
+        if self.init != "lora":
+            return self.silent
+        return {r"\.down\w*$|\.ln(_bias)?$": "the up-projection is 0 at the start, so the first gradient stops there",
+                r"\.gain$": "the bottleneck's output is 0 at the start"} | self.silent
+
     def params(self, site: Site) -> Params:
         d_in = site.d_in if self.form == "parallel" else site.d_out
         norm = d_in if self.layer_norm == "in" else site.d_out

@@ -22,6 +22,8 @@ class Add(Method):
     """
 
     primitive: ClassVar[str] = "add"
+    merges_where: ClassVar[str] = ""
+    """Where it can be merged, for a method that has a `fold` and cannot everywhere."""
     sites: tuple[str, ...] = ()
 
     def where(self, anatomy: Anatomy) -> list[Site]:

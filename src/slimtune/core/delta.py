@@ -1,4 +1,5 @@
 """Delta: all that one task trains and saves, and how to switch it, merge it and take it off."""
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from slimtune.core import insert, positions, reentrant, side, tokens
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.count import Count
+from slimtune.core.fingerprint import fingerprint
 from slimtune.core.insert import CHILD, Insert, Root, Slot
 from slimtune.core.keyvalues import unwrap
 from slimtune.core.merge import merged
 from slimtune.core.method import Method
 from slimtune.core.store import save
 from slimtune.core.unfreeze import Owned, base_parameters
-from slimtune.errors import DeltaError, listing, suggest
+from slimtune.errors import DeltaError, MethodError, listing, suggest
 
 
 class Delta:
@@ -105,6 +107,15 @@ class Delta:
         keys = {label.rpartition(".")[2] for label in labels}
         return name.rpartition(".")[0] in labels or any(name.startswith(f"shared.{key}.") for key in keys)
 
+    def resting(self) -> dict[str, str]:
+        """Names of state that get no gradient at the first step, with the method's reason."""
+        found: dict[str, str] = {}
+        for method, slots in self.by_method():
+            names = [n for n, _ in self.named_parameters() if not slots or self.is_of(n, slots)]
+            for pattern, why in method.resting().items():
+                found |= {n: why for n in names if re.search(pattern, n)}
+        return found
+
     def save(self, folder: Path | str, *, overwrite: bool = True) -> None:
         """Write `delta.safetensors` and `delta.json`, atomically; a reparametrisation is dropped.
 
@@ -132,12 +143,12 @@ class Delta:
     def disabled(self) -> Iterator[None]:
         """The plain backbone for the length of a `with`."""
         self._alive()
-        before = self.root.plan.active
-        set_active(self.root, tuple(n for n in before if n != self.name))
+        before, weights = self.root.plan.active, self.root.plan.weights
+        set_active(self.root, tuple(n for n in before if n != self.name), weights)
         try:
             yield
         finally:
-            set_active(self.root, before)
+            set_active(self.root, before, weights)
 
     # how it ends
 
@@ -155,6 +166,7 @@ class Delta:
             raise DeltaError(f"delta '{self.name}' does not run alone: active are {listing(self.root.plan.active)}.",
                              "Call activate() on it, then merge it.")
         changes = merged(self)
+        self.count(), fingerprint(self.model, self.anatomy)  # read once before a merge adds biases
         for module, name, value in changes:
             self._unmerge.append((module, name, module._parameters[name]))  # type: ignore[arg-type]
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
@@ -217,26 +229,40 @@ def release(root: Root, hosts: Iterable[nn.Module]) -> None:
             unwrap(getattr(host, "config", None))
 
 
-def set_active(root: Root, names: tuple[str, ...]) -> None:
+def set_active(root: Root, names: tuple[str, ...], weights: Mapping[str, float] | None = None) -> None:
     """Let exactly these deltas run, in this order. Of tensors that several own, the last one's stands."""
-    if root.plan.active == names:
-        return
-    for delta in root.deltas.values():
-        if delta.merged:
-            raise DeltaError(f"delta '{delta.name}' is merged into the backbone.", "Call unmerge() on it first.")
-    for name in root.plan.active:
-        for own in root.deltas[name].owned:
-            own.swap(False)
-    root.plan.active = names
-    for name in names:
-        for own in root.deltas[name].owned:
-            own.swap(True)
+    if root.plan.active != names:
+        for delta in root.deltas.values():
+            if delta.merged:
+                raise DeltaError(f"delta '{delta.name}' is merged into the backbone.", "Call unmerge() on it first.")
+        for name in root.plan.active:
+            for own in root.deltas[name].owned:
+                own.swap(False)
+        root.plan.active = names
+        for name in names:
+            for own in root.deltas[name].owned:
+                own.swap(True)
+    root.plan.weights = dict(weights or {})
 
 
-def activate(model: nn.Module, *names: str) -> None:
-    """Let these deltas run together, in this order; none of them runs the plain backbone.
+def activate(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> None:
+    """Let these deltas run together; none of them runs the plain backbone.
 
-    Errors: DeltaError for an unknown name; it lists those that are attached.
+    They are stacked: each works on what those before it made. With weights they are averaged where they add,
+    every one on the backbone's own output:
+
+        y <- y + sum_t w_t (f_t(x, y) - y)
+
+    Of tensors of the backbone and head that several own, the last one's stands; `average` mixes those too.
+    Errors: DeltaError for an unknown name; it lists those that are attached; MethodError for weights with a
+    delta that does not add to outputs.
+    Example:
+        >>> from slimtune.core import attach
+        >>> from slimtune.methods import LoRA
+        >>> from slimtune.testing import tiny
+        >>> model = tiny("bert")
+        >>> a, b = attach(model, LoRA(), name="a"), attach(model, LoRA(), name="b", seed=1)
+        >>> activate(model, "a", "b", weights=(0.5, 0.5))
     """
     found = deltas(model)
     for name in names:
@@ -244,7 +270,19 @@ def activate(model: nn.Module, *names: str) -> None:
             raise DeltaError(f"no delta named '{name}' is attached.", f"There are: {listing(found) or 'none'}",
                              suggest(name, found))
     if found:
-        set_active(model._modules[CHILD], tuple(dict.fromkeys(names)))  # type: ignore[arg-type]
+        set_active(model._modules[CHILD], tuple(dict.fromkeys(names)),  # type: ignore[arg-type]
+                   None if weights is None else _weights(found, names, weights))
+
+
+def _weights(found: Mapping[str, Delta], names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
+    if len(set(names)) != len(weights):
+        raise DeltaError(f"activate got {len(set(names))} deltas and {len(weights)} weights.", "Give one for each.")
+    for name in names:
+        for _, slot in found[name].slots:
+            if slot.kind not in ("output", "input"):
+                raise MethodError(f"delta '{name}' cannot be averaged: {type(slot.method).__name__} does not add to a "
+                                  "module's output.", "Activate it without weights, or use average().")
+    return dict(zip(names, map(float, weights), strict=True))
 
 
 def deltas(model: nn.Module) -> dict[str, Delta]:

@@ -107,6 +107,8 @@ class Slot(nn.Module):
     def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y with this slot's method applied: on its slice, where the projection is fused."""
         p = self.bind(y, host)
+        if isinstance(host, nn.Conv2d):  # patches: channels come first there
+            return cast(self.method.forward(p, x.movedim(1, -1), y.movedim(1, -1)), y.dtype).movedim(-1, 1)
         if self.site.part is None:
             return cast(self.method.forward(p, x, y), y.dtype)
         start, stop = self.site.part

@@ -1,6 +1,9 @@
 """KeysValues: extra keys and values inside attention, through transformers' `AttentionInterface`.
 
-    softmax([q p_k^T ; q k^T]) [p_v ; v]
+    softmax([q p_k^T ; q k^T]) [p_v ; v] = (1 - m) softmax(q k^T) v + m softmax(q p_k^T) p_v
+
+with m the share of the extra keys in all exponentials: prefix tuning is an attention over the prefix, added through
+a gate. The other compositions are the unified view's: without the gate, and with ReLU in softmax's place.
 
 One attention function wraps whichever implementation the model had chosen (sdpa, eager), reads the
 extra keys and values from the attention module's own slots, and pads the mask. It is no cache, so it
@@ -31,12 +34,14 @@ WRAPPED = ("sdpa", "eager")
 class KeysValues(Method):
     """The primitive of prefix tuning. A subclass states `params` (or `shared`) and `keys_values`.
 
+    composition: "concat"; "gate", the same in the second form; "add", out + softmax(q p_k^T) p_v; "relu", likewise.
     positions: "apart", the text's start at 0; "before", the prefix takes the first (see positions.py).
     """
 
     primitive: ClassVar[str] = "tokens"
     identity: ClassVar[bool] = False
     sites: tuple[str, ...] = ("attn",)
+    composition: Literal["concat", "gate", "add", "relu"] = Field("concat", description="how the extra pairs come in")
     positions: Literal["apart", "before"] = Field("apart", description="whether the prefix takes the first positions")
 
     def where(self, anatomy: Anatomy) -> list[Site]:
@@ -55,6 +60,9 @@ class KeysValues(Method):
         raise NotImplementedError
 
     def install(self, build: Builder) -> None:
+        if self.positions == "before" and self.composition != "concat":
+            raise MethodError(f"{type(self).__name__}: positions='before' is for composition='concat', and it is "
+                              f"'{self.composition}'.", "Leave positions='apart': pairs beside take no position.")
         slots = []
         for site in self.where(build.anatomy):
             assert site.attention is not None
@@ -112,16 +120,44 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     Shapes: query (B, H, T, c); key and value (B, K, S, c); attention_mask (B or 1, 1 or H, T, S) or None.
     """
     insert: Insert | None = module._modules.get(CHILD)  # type: ignore[assignment]
+    beside = []
     for slot in insert.live("kv") if insert is not None else ():
         extra = slot.method.keys_values(slot.bind(key))
         k, v = (_heads(t, slot.site, key) for t in extra)
+        if slot.method.composition != "concat":
+            beside.append((slot.method.composition, k, v, key, attention_mask, kwargs.get("position_bias")))
+            continue
         attention_mask = _mask(module, query, key, attention_mask, k.shape[2], kwargs)
         if (bias := kwargs.get("position_bias")) is not None:
             front = prefix_bias(slot, query, key, k.shape[2])
             kwargs["position_bias"] = pad(bias, (k.shape[2], 0)) if front is None else torch.cat(
                 [front.expand(*bias.shape[:-1], -1), bias], -1)
         key, value = torch.cat([k, key], 2), torch.cat([v, value], 2)
-    return _original(module)(module, query, key, value, attention_mask, **kwargs)
+    out, shares = _original(module)(module, query, key, value, attention_mask, **kwargs)
+    for composition, k, v, own, mask, bias in beside:
+        out = compose(composition, module, query, k, v, out, own, mask, bias, kwargs)
+    return out, shares
+
+
+def compose(composition: str, module: nn.Module, query: Tensor, k: Tensor, v: Tensor, out: Tensor, key: Tensor,
+            mask: Tensor | None, bias: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+    """The attention's output with the extra pairs beside it. Shapes: out (B, T, H, c); k, v (B, K, l, c)."""
+    scale = kwargs.get("scaling")
+    scale = query.shape[-1]**-0.5 if scale is None else scale
+    repeat = query.shape[1] // k.shape[1]
+    k, v, key = (t.repeat_interleave(repeat, 1) for t in (k, v, key))
+    scores = query @ k.mT * scale
+    if composition == "relu":
+        return out + (scores.relu() @ v).transpose(1, 2)
+    extra = (scores.softmax(-1) @ v).transpose(1, 2)
+    if composition == "add":
+        return out + extra
+    own = query @ key.mT * scale + (0 if bias is None else bias)
+    mask = _mask(module, query, key, mask, 0, kwargs)
+    if mask is not None:
+        own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
+    gate = (scores.logsumexp(-1) - own.logsumexp(-1)).sigmoid().transpose(1, 2)[..., None]
+    return (1 - gate) * out + gate * extra
 
 
 def _original(module: nn.Module) -> Any:

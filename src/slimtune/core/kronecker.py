@@ -30,7 +30,7 @@ def kron_apply(x: Tensor, A: Tensor, s: Tensor, t: Tensor) -> Tensor:
     Shapes: x (B, ..., a c); A (n, a, b); s (n, c, r); t (n, r, d); result (B, ..., b d). Each factor may carry
     an example axis.
     """
-    n, a = A.shape[-3], A.shape[-2]
+    a = A.shape[-2]
     columns = s.transpose(-3, -2).flatten(-2)                                   # (c, n r)
     h = affine(x.unflatten(-1, (a, -1)), columns.mT).flatten(-2)               # (..., a n r)
     joint = torch.einsum("...nab,...nrd->...anrbd", A, t)

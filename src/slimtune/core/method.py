@@ -6,7 +6,7 @@ subclasses one of them and states where it goes, what it trains and its equation
 """
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,7 +18,9 @@ from slimtune.core.insert import Plan, Slot
 from slimtune.core.sites import Site
 from slimtune.errors import MethodError, listing, suggest
 
-NORMS = {"none": (), "all": ("norm.*",), "mlp": ("norm.mlp",), "attn": ("norm.attn",)}
+NORMS = {"none": (), "all": ("norm.*",), "mlp": ("norm.mlp",), "attn": ("norm.attn",),
+         "mlp+embed": ("norm.mlp", "norm.embed")}
+Norms: TypeAlias = Literal["none", "all", "mlp", "attn", "mlp+embed"]
 
 
 class Builder(Protocol):
@@ -46,7 +48,7 @@ class Method(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     head: Literal["train", "freeze", "none"] = Field("train", description="train, freeze or leave out the task head")
-    norms: Literal["none", "all", "mlp", "attn"] = Field("none", description="backbone norms trained beside it")
+    norms: Norms = Field("none", description="backbone norms trained beside it")
     pooler: bool = Field(False, description="train the pooler with the head")
     blocks: tuple[int, ...] | None = Field(None, description="blocks it goes on, per tower; all by default")
 
@@ -71,6 +73,14 @@ class Method(BaseModel):
 
     def calibrate(self, delta: Any, batches: Iterable[dict[str, Any]]) -> None:
         """Set a start that needs data. batches: the model's inputs, labels included."""
+
+    def starts_as_identity(self) -> bool:
+        """`identity`, for a method in which it depends on the settings."""
+        return self.identity
+
+    def resting(self) -> dict[str, str]:
+        """`silent`, for a method in which it depends on the settings."""
+        return self.silent
 
     def final(self, slots: list[Slot]) -> tuple["Method", dict[str, torch.Tensor]] | None:
         """What is saved in its stead when training is over: (method, state); None for itself."""
@@ -112,7 +122,7 @@ def key_of(cls: type) -> str:
 
 
 _JOINED = {"BitFit", "LoRA", "DoRA", "LoHa", "LoKr", "FacT", "AdaptFormer", "RepAdapter", "KAdaptation",
-           "AdapterBias", "CompacterPlusPlus", "PTuningV2"}
+           "AdapterBias"}
 
 
 def register(cls: type[Method]) -> type[Method]:

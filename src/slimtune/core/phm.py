@@ -6,7 +6,6 @@ Source: Karimi Mahabadi et al., 2021, "Compacter: Efficient Low-Rank Hypercomple
 2106.04647, equations 5 to 8.
 """
 from collections.abc import Sequence
-from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -16,6 +15,7 @@ from slimtune.core.affine import Activation, affine, vector
 from slimtune.core.init import Params, normal, xavier
 from slimtune.core.insert import Bound
 from slimtune.core.kronecker import kron_apply, kron_sum
+from slimtune.core.method import Norms
 from slimtune.core.sites import Site
 from slimtune.errors import MethodError
 
@@ -31,7 +31,14 @@ class PHM(Adapter):
     shared_rule: bool = Field(True, description="one set of A_i for all sites and both projections")
     activation: Activation = "gelu_new"
     sites: tuple[str, ...] = ("self.attn", "mlp")
-    norms: Literal["none", "all", "mlp", "attn"] = "all"
+    norms: Norms = "all"
+
+    def starts_as_identity(self) -> bool:
+        return False
+
+    def resting(self) -> dict[str, str]:
+        small = "the A_i start at 1e-4, as in the paper, so the first gradient is smaller than others by eight digits"
+        return {r"\.(down|up)_[st]$": small} if self.shared_rule else {}
 
     def shared(self, sites: Sequence[Site]) -> Params:
         n = self.division

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from slimtune.core.families import TowerSpec
 
+LINEAR = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.gate", "mlp.down")
+
 
 @dataclass(frozen=True)
 class Site:
@@ -42,8 +44,12 @@ class Site:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The patterns that name this site, from the shortest: role, kind and role, tower and role."""
-        kinds = [self.role, f"cross.{self.role}" if self.cross else f"self.{self.role}"]
+        """The patterns that name this site, from the shortest: role, kind and role, tower and role.
+
+        `linear` stands for every linear map of a block.
+        """
+        roles = [self.role, *(["linear"] if self.role in LINEAR else [])]
+        kinds = [*roles, *(f"{'cross' if self.cross else 'self'}.{role}" for role in roles)]
         return (*kinds, *(f"{self.tower}.{kind}" for kind in kinds), self.name)
 
 

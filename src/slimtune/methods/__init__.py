@@ -33,19 +33,32 @@ def get(name: str) -> type[Method]:
 
 
 if TYPE_CHECKING:
+    from slimtune.methods.adapter_drop import AdapterDrop
+    from slimtune.methods.adapterbias import AdapterBias
     from slimtune.methods.bitfit import BitFit
+    from slimtune.methods.bottleneck_adapter import BottleneckAdapter
+    from slimtune.methods.compacter import Compacter
+    from slimtune.methods.compacter_plus_plus import CompacterPlusPlus
+    from slimtune.methods.fact import FacT
     from slimtune.methods.full import Full
     from slimtune.methods.houlsby import Houlsby
     from slimtune.methods.ia3 import IA3
+    from slimtune.methods.kadaptation import KAdaptation
     from slimtune.methods.linear_probe import LinearProbe
     from slimtune.methods.lora import LoRA
+    from slimtune.methods.low_rank_adapter import LowRankAdapter
     from slimtune.methods.lst import LST
+    from slimtune.methods.mam import MAM
+    from slimtune.methods.multi_head_parallel_adapter import MultiHeadParallelAdapter
     from slimtune.methods.norm_tuning import NormTuning
     from slimtune.methods.parallel_adapter import ParallelAdapter
     from slimtune.methods.pfeiffer import Pfeiffer
+    from slimtune.methods.phm_adapter import PHMAdapter
     from slimtune.methods.prefix_tuning import PrefixTuning
     from slimtune.methods.prompt_tuning import PromptTuning
+    from slimtune.methods.ptuning_v2 import PTuningV2
     from slimtune.methods.scaled_parallel_adapter import ScaledParallelAdapter
+    from slimtune.methods.ssf import SSF
 else:
     def __getattr__(name: str) -> Any:
         for cls in registered().values():
@@ -57,13 +70,26 @@ else:
 __all__ = [
     "IA3",
     "LST",
+    "MAM",
+    "SSF",
+    "AdapterBias",
+    "AdapterDrop",
     "BitFit",
+    "BottleneckAdapter",
+    "Compacter",
+    "CompacterPlusPlus",
+    "FacT",
     "Full",
     "Houlsby",
+    "KAdaptation",
     "LinearProbe",
     "LoRA",
+    "LowRankAdapter",
     "Method",
+    "MultiHeadParallelAdapter",
     "NormTuning",
+    "PHMAdapter",
+    "PTuningV2",
     "ParallelAdapter",
     "Pfeiffer",
     "PrefixTuning",

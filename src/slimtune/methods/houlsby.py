@@ -6,7 +6,7 @@ Source: Houlsby et al., 2019, "Parameter-Efficient Transfer Learning for NLP", a
 """
 from typing import Literal
 
-from slimtune.core import Activation, Adapter, InitName, Params, truncated_normal
+from slimtune.core import Activation, Adapter, InitName, Norms, Params, truncated_normal
 
 
 class Houlsby(Adapter):
@@ -22,7 +22,7 @@ class Houlsby(Adapter):
     activation: Activation = "gelu"
     init: InitName = "houlsby"
     sites: tuple[str, ...] = ("self.attn", "mlp")
-    norms: Literal["none", "all", "mlp", "attn"] = "all"
+    norms: Norms = "all"
     compat: Literal["paper", "official"] = "paper"
 
     def project_params(self, name: str, d_in: int, d_out: int) -> Params:

@@ -27,6 +27,3 @@ class ScaledParallelAdapter(Adapter):
     init: InitName = "lora"
 
     identity: ClassVar[bool] = True
-    silent: ClassVar[dict[str, str]] = {
-        r"\.down(_bias)?$": "the up-projection is 0 at the start, so the first gradient stops there",
-        r"\.gain$": "the bottleneck's output is 0 at the start"}

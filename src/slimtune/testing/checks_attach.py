@@ -1,6 +1,4 @@
 """Checks of the configuration, of attaching and detaching, and of what trains."""
-import re
-
 import torch
 
 from slimtune.core.attach import attach
@@ -79,7 +77,7 @@ def identity_as_claimed(case: Case) -> None:
     """The output at the start is the backbone's, bitwise, if and only if the method claims it."""
     model, _ = case.attached()
     equal = torch.equal(run(model, case.inputs), case.plain)
-    if case.method.identity:
+    if case.method.starts_as_identity():
         assert equal, "it claims identity, and changes the output at its start"
     else:
         assert not equal, "it claims no identity, and leaves the output bitwise as it was"
@@ -108,13 +106,13 @@ def every_tensor_gets_a_gradient(case: Case) -> None:
     loss(model, inputs).backward()
     first = gradients(delta)
     assert all(bool(g.isfinite().all()) for g in first.values()), "a gradient is not finite"
-    quiet = _without(first)
-    for seed in (1, 2) if any(not _reason(case, n) for n in quiet) else ():  # a narrow ReLU may start all dead
+    quiet, why = _without(first), delta.resting()
+    for seed in (1, 2) if any(n not in why for n in quiet) else ():  # a narrow ReLU may start all dead
         again = case.base().double()
         other = attach(again, case.method, seed=seed)
         loss(again, inputs).backward()
         quiet &= _without(gradients(other))
-    reasons = {n: _reason(case, n) for n in quiet}
+    reasons = {n: why.get(n, "") for n in quiet}
     unexplained = [n for n, reason in reasons.items() if not reason]
     assert not unexplained, f"no gradient at the first step, and no reason in `silent`: {unexplained[:6]}"
     if not quiet:
@@ -133,18 +131,17 @@ def _without(grads: dict[str, torch.Tensor]) -> set[str]:
     return {n for n, g in grads.items() if float(g.abs().max()) <= NO_GRADIENT * largest}
 
 
-def _reason(case: Case, name: str) -> str:
-    return next((why for pattern, why in case.method.silent.items() if re.search(pattern, name)), "")
-
-
 @check()
 def loss_falls(case: Case) -> None:
     """Twenty steps of AdamW on one batch lower the loss, without the head where the method trains more."""
-    try:
-        model, delta = case.attached(head="none")
-    except MethodError:
-        model, delta = case.attached()
-    losses = train(model, delta, case.inputs, 20)
+    for rate in (5e-3, 5e-4):  # a tiny model may overshoot at the first
+        try:
+            model, delta = case.attached(head="none")
+        except MethodError:
+            model, delta = case.attached()
+        losses = train(model, delta, case.inputs, 20, rate)
+        if losses[-1] < losses[0]:
+            return
     assert losses[-1] < losses[0], f"the loss went from {losses[0]:.5f} to {losses[-1]:.5f}"
 
 

@@ -77,7 +77,7 @@ def save_and_load(case: Case) -> None:
         again = Path(home) / "again"
         loaded.save(again)
         assert (again / files[1]).read_bytes() == (folder / files[1]).read_bytes(), "saved again, the file differs"
-        assert {type(m) for m in loaded.methods} == {type(case.method)}, "another method came back"
+        assert [type(m) for m in loaded.methods] == [type(m) for m in case.method.parts()], "another method came back"
 
 
 @check()
@@ -116,6 +116,10 @@ def merges_as_claimed(case: Case) -> None:
     try:
         delta.merge()
     except MethodError as refusal:
+        if getattr(case.method, "merges_where", ""):
+            case.notes.append(f"not mergeable here: {refusal.what}")
+            assert torch.equal(run(model, case.inputs), own), "the refused merge changed the output"
+            return
         raise AssertionError(f"it defines weight or fold, and merge() refuses: {refusal}") from None
     close(run(model, case.inputs), own, "the output after merge()")
     for what, call in (("merging twice", delta.merge), ("disabling a merged delta", delta.disabled().__enter__)):
@@ -167,7 +171,7 @@ def joins_a_union(case: Case) -> None:
     scramble(delta)
     own, state = run(model, case.inputs), values(delta)
     loss(model, case.inputs).backward()
-    slots = delta.by_method()[1][1]
+    slots = delta.by_method()[-1][1]
     added = {n: g for n, g in gradients(delta).items() if delta.is_of(n, slots)}
     silent = [n for n, g in added.items() if not g.any()]
     assert len(added) == 2 * len(slots), f"LoRA's tensors are not all there: {list(added)[:6]}"

@@ -49,8 +49,18 @@ def roberta_large_meta(**values: Any) -> nn.Module:
 
 def t5_base_meta(**values: Any) -> nn.Module:
     """T5-base, 12 and 12 blocks, 32,128 words: 222,903,552."""
-    return _build("T5ForConditionalGeneration", "T5Config", d_model=768, d_kv=64, d_ff=3072, num_layers=12,
-                  num_heads=12, **values)
+    return _build("T5ForConditionalGeneration", "T5Config",
+                  **{"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12, **values})
+
+
+def t5_large_meta(**values: Any) -> nn.Module:
+    """T5-large, 24 and 24 blocks of width 1,024."""
+    return t5_base_meta(**{"d_model": 1024, "d_ff": 4096, "num_layers": 24, "num_heads": 16, **values})
+
+
+def t5_3b_meta(**values: Any) -> nn.Module:
+    """T5-3B, 24 and 24 blocks of width 1,024, 32 heads of 128."""
+    return t5_large_meta(**{"d_kv": 128, "d_ff": 16384, "num_heads": 32, **values})
 
 
 def t5_xl_meta(**values: Any) -> nn.Module:

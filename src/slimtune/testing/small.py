@@ -6,7 +6,8 @@ from slimtune.core.method import Method, key_of
 SIZES: dict[str, Any] = {"rank": 2, "bottleneck": 4, "length": 3, "reduction": 4}
 """Values of the fields that many methods share."""
 
-OWN: dict[str, dict[str, Any]] = {}
+OWN: dict[str, dict[str, Any]] = {"phm_adapter": {"division": 2, "rank": None}, "adapter_drop": {"drop": 1},
+                                  "kadaptation": {"division": 4}}
 """Values of single methods, by name, where the shared ones do not do."""
 
 

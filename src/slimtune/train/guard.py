@@ -1,7 +1,6 @@
 """Guard: a run that trains nothing, or whose loss is not finite, fails at once and says which tensor."""
 import hashlib
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +41,8 @@ class Guard:
 
     def begin(self) -> None:
         """Start to watch: at step 0 of a run."""
-        reasons = {pattern: why for method in self.delta.methods for pattern, why in method.silent.items()}
         self.waiting = dict(self.delta.named_parameters())
-        self.exempt = {name: why for name in self.waiting for pattern, why in reasons.items()
-                       if re.search(pattern, name)}
+        self.exempt = self.delta.resting()
         self.waiting = {name: p for name, p in self.waiting.items() if name not in self.exempt}
         self.seen = set()
         for why in sorted(set(self.exempt.values())):
