@@ -18,8 +18,9 @@ from torch import Tensor
 
 from slimtune.core.add import Add
 from slimtune.core.affine import ACTIVATIONS, Activation, affine, layer_norm, scalar
+from slimtune.core.anatomy import Anatomy
+from slimtune.core.bound import Bound
 from slimtune.core.init import Init, Params, kaiming, normal, ones, truncated_normal, zeros
-from slimtune.core.insert import Bound
 from slimtune.core.sites import Site
 
 InitName: TypeAlias = Literal["bert", "lora", "houlsby", "small"]
@@ -95,11 +96,29 @@ class Adapter(Add):
         return x if self.form == "parallel" else y
 
     def compose(self, p: Bound, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
-        """The new y of an update; AdapterFusion composes many adapters' with it."""
+        """The new y of an update."""
         return y + update
 
     def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
         return self.compose(p, x, y, self.update(p, self.reads(p, x, y)))
+
+
+class BehindNorm(Adapter):
+    """An adapter behind the feed-forward network whose output passes the block's norm once more.
+
+    Behind a post-norm residual sum z = h + res:    u = LN(z);  out = LN(f(u) + z)
+
+    In a pre-norm block there is no such norm, and h <- h + f(h).
+    """
+
+    def where(self, anatomy: Anatomy) -> list[Site]:
+        chosen = super().where(anatomy)
+        norms = {(s.tower, s.block, s.role): s for s in anatomy.sites if s.role.startswith("norm.")}
+        return [norms[s.tower, s.block, "norm.mlp"] if anatomy.tower(s.tower).post_norm and s.role == "mlp" else s
+                for s in chosen]
+
+    def compose(self, p: Bound, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        return p.again(update + x) if p.site.role == "norm.mlp" else y + update
 
 
 def _start(init: str, name: str, d_out: int, d_in: int) -> Init:

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from slimtune.core.affine import affine
 from slimtune.core.anatomy import Anatomy
+from slimtune.core.bound import Bound
 from slimtune.core.init import Params
-from slimtune.core.insert import Bound, hook_input, hook_output
+from slimtune.core.insert import hook_input, hook_output
 from slimtune.core.method import Builder, Method
 from slimtune.core.sites import Site
 from slimtune.errors import MethodError

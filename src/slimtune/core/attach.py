@@ -6,12 +6,14 @@ from typing import Literal
 from torch import Tensor, nn
 
 from slimtune.core.anatomy import Anatomy, dissect
-from slimtune.core.delta import Delta, check_names, check_tensor, release, set_active, strip
+from slimtune.core.bound import weight_at
+from slimtune.core.delta import Delta, check_names, check_tensor
 from slimtune.core.init import Init, Params
-from slimtune.core.insert import CHILD, Root, Slot, hook_source, insert_at, weight_at
+from slimtune.core.insert import CHILD, Root, Slot, hook_source, insert_at
 from slimtune.core.method import NORMS, Method, base_dtype, key_of
 from slimtune.core.reentrant import open_checkpoints
 from slimtune.core.sites import Site, join, lookup
+from slimtune.core.switch import release, set_active, strip
 from slimtune.core.unfreeze import Owned, base_parameters, is_frozen_kind, places_of
 from slimtune.errors import DeltaError, MethodError, listing
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.attach import attach
-from slimtune.core.delta import Delta, deltas, set_active
+from slimtune.core.delta import Delta
 from slimtune.core.insert import CHILD
 from slimtune.core.method import to_config
+from slimtune.core.switch import deltas, set_active
 from slimtune.errors import DeltaError, listing, suggest
 
 

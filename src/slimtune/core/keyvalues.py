@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from slimtune.core.anatomy import Anatomy
+from slimtune.core.bound import Bound
 from slimtune.core.init import Params
-from slimtune.core.insert import CHILD, Bound, Insert
+from slimtune.core.insert import CHILD, Insert
 from slimtune.core.method import Builder, Method
 from slimtune.core.positions import prefix_bias, stand_before
 from slimtune.core.sites import Site

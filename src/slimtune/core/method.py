@@ -74,6 +74,10 @@ class Method(BaseModel):
     def calibrate(self, delta: Any, batches: Iterable[dict[str, Any]]) -> None:
         """Set a start that needs data. batches: the model's inputs, labels included."""
 
+    def penalty(self, slots: Sequence[Slot]) -> torch.Tensor | None:
+        """What it adds to the loss, a scalar; None for nothing."""
+        return None
+
     def starts_as_identity(self) -> bool:
         """`identity`, for a method in which it depends on the settings."""
         return self.identity

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from slimtune.core.adapter import Adapter
 from slimtune.core.affine import Activation, affine, vector
+from slimtune.core.bound import Bound
 from slimtune.core.init import Params, normal, xavier
-from slimtune.core.insert import Bound
 from slimtune.core.kronecker import kron_apply, kron_sum
 from slimtune.core.method import Norms
 from slimtune.core.sites import Site

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from slimtune.core.anatomy import Anatomy, Tower
+from slimtune.core.bound import Bound
 from slimtune.core.init import Params
-from slimtune.core.insert import CHILD, Bound, Insert, hook_with, named
+from slimtune.core.insert import CHILD, Insert, hook_with, named
 from slimtune.core.method import Builder, Method
 from slimtune.core.sites import Site
 from slimtune.errors import MethodError, SiteError, listing

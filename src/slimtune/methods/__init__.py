@@ -34,17 +34,22 @@ def get(name: str) -> type[Method]:
 
 if TYPE_CHECKING:
     from slimtune.methods.adapter_drop import AdapterDrop
+    from slimtune.methods.adapter_fusion import AdapterFusion
     from slimtune.methods.adapterbias import AdapterBias
     from slimtune.methods.bitfit import BitFit
     from slimtune.methods.bottleneck_adapter import BottleneckAdapter
     from slimtune.methods.compacter import Compacter
     from slimtune.methods.compacter_plus_plus import CompacterPlusPlus
+    from slimtune.methods.dora import DoRA
+    from slimtune.methods.dsee import DSEE
     from slimtune.methods.fact import FacT
     from slimtune.methods.full import Full
     from slimtune.methods.houlsby import Houlsby
     from slimtune.methods.ia3 import IA3
     from slimtune.methods.kadaptation import KAdaptation
     from slimtune.methods.linear_probe import LinearProbe
+    from slimtune.methods.loha import LoHa
+    from slimtune.methods.lokr import LoKr
     from slimtune.methods.lora import LoRA
     from slimtune.methods.low_rank_adapter import LowRankAdapter
     from slimtune.methods.lst import LST
@@ -52,13 +57,16 @@ if TYPE_CHECKING:
     from slimtune.methods.multi_head_parallel_adapter import MultiHeadParallelAdapter
     from slimtune.methods.norm_tuning import NormTuning
     from slimtune.methods.parallel_adapter import ParallelAdapter
+    from slimtune.methods.partial_k import PartialK
     from slimtune.methods.pfeiffer import Pfeiffer
     from slimtune.methods.phm_adapter import PHMAdapter
     from slimtune.methods.prefix_tuning import PrefixTuning
     from slimtune.methods.prompt_tuning import PromptTuning
     from slimtune.methods.ptuning_v2 import PTuningV2
     from slimtune.methods.scaled_parallel_adapter import ScaledParallelAdapter
+    from slimtune.methods.side_tuning import SideTuning
     from slimtune.methods.ssf import SSF
+    from slimtune.methods.tarp import TARP
 else:
     def __getattr__(name: str) -> Any:
         for cls in registered().values():
@@ -68,21 +76,27 @@ else:
         raise AttributeError(f"slimtune.methods has no {name}; it has: {have}")
 
 __all__ = [
+    "DSEE",
     "IA3",
     "LST",
     "MAM",
     "SSF",
+    "TARP",
     "AdapterBias",
     "AdapterDrop",
+    "AdapterFusion",
     "BitFit",
     "BottleneckAdapter",
     "Compacter",
     "CompacterPlusPlus",
+    "DoRA",
     "FacT",
     "Full",
     "Houlsby",
     "KAdaptation",
     "LinearProbe",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "LowRankAdapter",
     "Method",
@@ -91,10 +105,12 @@ __all__ = [
     "PHMAdapter",
     "PTuningV2",
     "ParallelAdapter",
+    "PartialK",
     "Pfeiffer",
     "PrefixTuning",
     "PromptTuning",
     "ScaledParallelAdapter",
+    "SideTuning",
     "from_config",
     "get",
     "key_of",

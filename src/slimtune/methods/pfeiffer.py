@@ -10,12 +10,11 @@ Source: Pfeiffer et al., 2021, "AdapterFusion", arXiv 2005.00247, section 3.2.2;
 AdapterHub's configuration of that name.
 """
 from pydantic import Field
-from torch import Tensor
 
-from slimtune.core import Adapter, Anatomy, Bound, Site
+from slimtune.core import BehindNorm
 
 
-class Pfeiffer(Adapter):
+class Pfeiffer(BehindNorm):
     """One sequential adapter a block; the norms stay frozen.
 
     Trains 2 m d + m + d numbers a block: 894,528 on BERT-base at m = 48 (reduction 16).
@@ -25,12 +24,3 @@ class Pfeiffer(Adapter):
     """
 
     bottleneck: int = Field(48, ge=1, description="m")
-
-    def where(self, anatomy: Anatomy) -> list[Site]:
-        chosen = super().where(anatomy)
-        norms = {(s.tower, s.block, s.role): s for s in anatomy.sites if s.role.startswith("norm.")}
-        return [norms[s.tower, s.block, "norm.mlp"] if anatomy.tower(s.tower).post_norm and s.role == "mlp" else s
-                for s in chosen]
-
-    def compose(self, p: Bound, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
-        return p.again(update + x) if p.site.role == "norm.mlp" else y + update

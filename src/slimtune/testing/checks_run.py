@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.attach import attach
-from slimtune.core.delta import Delta, deltas
+from slimtune.core.delta import Delta
 from slimtune.core.load import load_delta
+from slimtune.core.switch import deltas
 from slimtune.testing.case import (
     Case,
     Skip,

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from slimtune.core.add import Add
 from slimtune.core.attach import attach
-from slimtune.core.delta import Delta, activate, deltas
+from slimtune.core.delta import Delta
 from slimtune.core.fingerprint import bits_digest
 from slimtune.core.load import load_delta
 from slimtune.core.method import Method, to_config
 from slimtune.core.side import Side
+from slimtune.core.switch import activate, deltas
 from slimtune.core.unfreeze import Unfreeze
 from slimtune.errors import DeltaError, MethodError
 from slimtune.testing.case import (

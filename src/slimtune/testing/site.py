@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.bound import cast
 from slimtune.core.delta import Delta
-from slimtune.core.insert import Slot, cast
+from slimtune.core.insert import Slot
 from slimtune.errors import SiteError, listing, suggest
 from slimtune.testing.tiny import batch, output
 

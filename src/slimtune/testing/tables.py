@@ -35,17 +35,20 @@ def own() -> dict[str, type[Method]]:
 
 def short() -> str:
     """README's table: name, paper, primitive, what is trained."""
-    rows = [[f"`{e.name}`", _linked(f"{e.authors}, {e.year}", e), e.primitive, e.trains] for e in _entries()]
+    rows = [[f"`{e.name}`", _linked(e.who, e), e.primitive, e.trains] for e in _entries()]
     return markdown(["name", "paper", "primitive", "trains"], rows)
 
 
 def full() -> str:
     """The table of docs/methods.md: also the formula, the count, the start, and merging."""
+    rows = []
+    for e in _entries():
+        cls = own()[e.name]
+        paper = ", ".join(part for part in (e.who, _linked(e.title or e.number, e)) if part)
+        rows.append([f"`{e.name}`", paper, e.primitive, e.trains, e.formula, counted(cls),
+                     "yes" if cls().identity else "no", mergeable(cls)])
     return markdown(["name", "paper", "primitive", "trains", "formula", "count (BERT-base)", "identity at start",
-                     "mergeable"],
-                    [[f"`{e.name}`", f"{e.authors}, {e.year}, {_linked(e.title or e.number, e)}", e.primitive, e.trains,
-                      e.formula, counted(own()[e.name]), "yes" if own()[e.name]().identity else "no",
-                      mergeable(own()[e.name])] for e in _entries()])
+                     "mergeable"], rows)
 
 
 TABLES: dict[Path, Callable[[], str]] = {Path("README.md"): short, Path("docs/methods.md"): full}
