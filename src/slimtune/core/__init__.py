@@ -18,7 +18,7 @@ from slimtune.core.lowrank import low_rank_add
 from slimtune.core.method import Builder, Method, Norms, find, from_config, key_of, register, registered, to_config
 from slimtune.core.phm import PHM
 from slimtune.core.side import Side
-from slimtune.core.sites import Site
+from slimtune.core.sites import Site, join
 from slimtune.core.switch import activate, deltas
 from slimtune.core.tokens import Prompt
 from slimtune.core.unfreeze import Unfreeze, base_parameters
@@ -27,7 +27,7 @@ __all__ = [
     "ACTIVATIONS", "FAMILIES", "PHM", "Activation", "Adapter", "Add", "Anatomy", "BehindNorm", "Bound", "Builder",
     "Count", "Delta", "Init", "InitName", "KeysValues", "Method", "Norms", "Params", "Prompt", "Side", "Site", "Slot",
     "Tower", "TowerSpec", "Unfreeze", "activate", "affine", "attach", "average", "base_parameters", "deltas",
-    "dissect", "find", "from_config", "kaiming", "key_of", "kron_apply", "kron_sum", "layer_norm", "load_delta",
+    "dissect", "find", "from_config", "join", "kaiming", "key_of", "kron_apply", "kron_sum", "layer_norm", "load_delta",
     "low_rank_add", "normal", "of_weight", "ones", "register", "registered", "scalar", "to_config",
     "truncated_normal", "uniform", "vector", "xavier", "zeros",
 ]

@@ -20,10 +20,10 @@ from slimtune.core.add import Add
 from slimtune.core.affine import ACTIVATIONS, Activation, affine, layer_norm, scalar
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.bound import Bound
-from slimtune.core.init import Init, Params, kaiming, normal, ones, truncated_normal, zeros
+from slimtune.core.init import Init, Params, kaiming, normal, ones, truncated_normal, xavier, zeros
 from slimtune.core.sites import Site
 
-InitName: TypeAlias = Literal["bert", "lora", "houlsby", "small"]
+InitName: TypeAlias = Literal["bert", "lora", "houlsby", "small", "xavier", "zero"]
 
 STARTS = {"bert": 0.02, "houlsby": 0.01, "houlsby_official": 0.001, "small": 0.01}
 
@@ -33,7 +33,8 @@ class Adapter(Add):
 
     Trains m (d_in + d_out) + m + d_out numbers a site, 2 d more with a layer norm, 1 more with a learned scale.
     init: "bert", all weights N(0, 0.02^2); "lora", down kaiming and up 0, an identity; "houlsby", N(0, 0.01^2)
-    cut at two deviations; "small", N(0, 0.01^2). Biases start at 0.
+    cut at two deviations; "small", N(0, 0.01^2); "xavier"; "zero", all 0, with which nothing but b_up ever gets a
+    gradient: the adapter baseline in the code of arXiv 2203.12119. Biases start at 0.
 
     Shapes:
         x: (..., T, d_in), the sub-layer's input; y: (..., T, d_out), its output.
@@ -52,9 +53,11 @@ class Adapter(Add):
     identity: ClassVar[bool] = False
 
     def starts_as_identity(self) -> bool:
-        return self.init == "lora"
+        return self.init in ("lora", "zero")
 
     def resting(self) -> dict[str, str]:
+        if self.init == "zero":
+            return {r"\.(down\w*|up|ln|ln_bias|gain)$": "all weights are 0, so no gradient ever passes"} | self.silent
         if self.init != "lora":
             return self.silent
         return {r"\.down\w*$|\.ln(_bias)?$": "the up-projection is 0 at the start, so the first gradient stops there",
@@ -124,5 +127,9 @@ class BehindNorm(Adapter):
 def _start(init: str, name: str, d_out: int, d_in: int) -> Init:
     if init == "lora":
         return kaiming(d_out, d_in) if name == "down" else zeros(d_out, d_in)
+    if init == "zero":
+        return zeros(d_out, d_in)
+    if init == "xavier":
+        return xavier(d_out, d_in, fan_in=d_in, fan_out=d_out)
     make = truncated_normal if init.startswith("houlsby") else normal
     return make(d_out, d_in, std=STARTS[init])

@@ -65,8 +65,15 @@ class Add(Method):
                               "Keep it attached, or export the model with it.")
         return weight + (weight @ update if p.site.at == "input" else update), bias
 
+    def merges_into(self, site: Site, anatomy: Anatomy) -> list[Site]:
+        """The sites whose weights `fold` changes; the slot's own by default."""
+        return [site]
+
     def install(self, build: Builder) -> None:
-        sites = self.where(build.anatomy)
+        self.put(build, self.where(build.anatomy))
+
+    def put(self, build: Builder, sites: Sequence[Site]) -> None:
+        """Slots and hooks at these sites."""
         for site, params in zip(sites, self.all_params(sites), strict=True):
             host = build.module(site.path)
             build.slot(self, site, site.at, params)

@@ -22,6 +22,8 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if weight.dim() == 2:
         return F.linear(x, weight) + vector(bias, x)  # type: ignore[arg-type]
+    if x.dim() == 2:  # one vector an example
+        return affine(x[:, None], weight, bias)[:, 0]
     flat = x.flatten(1, -2) @ weight.mT
     if bias is not None:
         flat = flat + (bias if bias.dim() == 1 else bias[:, None, :])

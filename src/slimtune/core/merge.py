@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.insert import Slot
+from slimtune.core.sites import Site
 from slimtune.errors import MethodError
 
 if TYPE_CHECKING:
@@ -19,15 +20,16 @@ def merged(delta: "Delta") -> list[tuple[nn.Module, str, Tensor]]:
     """
     work: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
     ordered = sorted(delta.slots, key=lambda item: item[1].site.at == "input")  # inputs are scaled last
-    for path, slot in ordered:
+    for _, slot in ordered:
         fold = getattr(slot.method, "fold", None)
         if fold is None:
             raise MethodError(f"{type(slot.method).__name__} cannot be merged: it is no change of the backbone's "
                               "weights.", "Keep it attached, or export the model with it.")
-        if path not in work:
-            work[path] = _start(delta.model.get_submodule(path), path)
-        module, weight, bias = work[path]
-        work[path] = (module, *_fold_slot(slot, weight, bias))
+        for site in slot.method.merges_into(slot.site, delta.anatomy):
+            if site.path not in work:
+                work[site.path] = _start(delta.model.get_submodule(site.path), site.path)
+            module, weight, bias = work[site.path]
+            work[site.path] = (module, *_fold_slot(slot, site, weight, bias))
     return [change for module, weight, bias in work.values() for change in _finish(module, weight, bias)]
 
 
@@ -47,8 +49,7 @@ def wide(value: Tensor) -> Tensor:
     return value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 
-def _fold_slot(slot: Slot, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    site = slot.site
+def _fold_slot(slot: Slot, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     view = weight.mT if site.transposed else weight
     rows = slice(*site.part) if site.part is not None else slice(None)
     p = slot.bind(weight)

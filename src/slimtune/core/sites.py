@@ -20,6 +20,7 @@ class Site:
     source: the module whose input is x, when it is not `path` itself (the sub-layer sites `attn`, `mlp`).
     part: (start, stop) of a fused projection's output; transposed: the weight is (in, out), as in Conv1D.
     attention, heads, head_dim: the attention module, its key/value heads and their width.
+    prefix: tokens before an image's patches, for a method that asks its tower for it.
     """
 
     tower: str
@@ -36,6 +37,7 @@ class Site:
     attention: str | None = None
     heads: int = 0
     head_dim: int = 0
+    prefix: int = 0
 
     @property
     def name(self) -> str:

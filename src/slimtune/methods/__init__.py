@@ -36,10 +36,13 @@ if TYPE_CHECKING:
     from slimtune.methods.adapter_drop import AdapterDrop
     from slimtune.methods.adapter_fusion import AdapterFusion
     from slimtune.methods.adapterbias import AdapterBias
+    from slimtune.methods.adaptformer import AdaptFormer
+    from slimtune.methods.added_bias import AddedBias
     from slimtune.methods.bitfit import BitFit
     from slimtune.methods.bottleneck_adapter import BottleneckAdapter
     from slimtune.methods.compacter import Compacter
     from slimtune.methods.compacter_plus_plus import CompacterPlusPlus
+    from slimtune.methods.convpass import Convpass
     from slimtune.methods.dora import DoRA
     from slimtune.methods.dsee import DSEE
     from slimtune.methods.fact import FacT
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from slimtune.methods.low_rank_adapter import LowRankAdapter
     from slimtune.methods.lst import LST
     from slimtune.methods.mam import MAM
+    from slimtune.methods.mlp_head import MLPHead
     from slimtune.methods.multi_head_parallel_adapter import MultiHeadParallelAdapter
     from slimtune.methods.norm_tuning import NormTuning
     from slimtune.methods.parallel_adapter import ParallelAdapter
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from slimtune.methods.prefix_tuning import PrefixTuning
     from slimtune.methods.prompt_tuning import PromptTuning
     from slimtune.methods.ptuning_v2 import PTuningV2
+    from slimtune.methods.repadapter import RepAdapter
     from slimtune.methods.scaled_parallel_adapter import ScaledParallelAdapter
     from slimtune.methods.side_tuning import SideTuning
     from slimtune.methods.ssf import SSF
@@ -82,13 +87,16 @@ __all__ = [
     "MAM",
     "SSF",
     "TARP",
+    "AdaptFormer",
     "AdapterBias",
     "AdapterDrop",
     "AdapterFusion",
+    "AddedBias",
     "BitFit",
     "BottleneckAdapter",
     "Compacter",
     "CompacterPlusPlus",
+    "Convpass",
     "DoRA",
     "FacT",
     "Full",
@@ -99,6 +107,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "LowRankAdapter",
+    "MLPHead",
     "Method",
     "MultiHeadParallelAdapter",
     "NormTuning",
@@ -109,6 +118,7 @@ __all__ = [
     "Pfeiffer",
     "PrefixTuning",
     "PromptTuning",
+    "RepAdapter",
     "ScaledParallelAdapter",
     "SideTuning",
     "from_config",

@@ -23,8 +23,8 @@ from slimtune.errors import MethodError
 class FacT(Add):
     """Tensor-train or Tucker factors; U and V are shared by all slices of one width of a tower.
 
-    Trains, with N slices of width d, 2 d r + N r^2 (tt) or 2 d r + N r + r^3 (tk): 8,448 and 13,952 on ViT-B/16 at
-    r = 4 and 8. compat="official" cuts the feed-forward slices of the Tucker core as the code does. A map whose
+    Trains 2 d r + N r^2 (tt) or 2 d r + N r + r^3 (tk) numbers, N being the slices: 8,448 and 13,952 on ViT-B/16
+    at r = 4 and 8. compat="official" cuts the feed-forward slices of the Tucker core as the code does. A map whose
     widths are no multiple of one another has no slices and is refused. Beyond vision the mapping is ours.
 
     Shapes:

@@ -2,7 +2,8 @@
 
     theta <- theta + d,    d of theta's size
 
-Source: the baseline of every paper here; Devlin et al., 2019, arXiv 1810.04805, section 3.2.
+Source: the baseline of every paper here; Devlin et al., 2019, "BERT: Pre-training of Deep Bidirectional
+Transformers for Language Understanding", arXiv 1810.04805, section 3.2.
 """
 from typing import ClassVar
 

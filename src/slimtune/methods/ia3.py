@@ -11,9 +11,10 @@ from slimtune.core import Add, Bound, Params, Site, ones, vector
 
 
 class IA3(Add):
-    """Three vectors a block, and two more for a cross-attention: 55,296 numbers on BERT-base.
+    """Three vectors a block, and two more for a cross-attention.
 
-    Mergeable: rows of the key and value weights, columns of the down-projection.
+    Trains d_out numbers a site: 55,296 on BERT-base. Mergeable: rows of the key and value weights, columns of the
+    down-projection.
 
     Shapes:
         y: (..., T, d), a projection's output, or the activations that enter the down-projection.

@@ -2,7 +2,8 @@
 
     logits = W h(x) + b,    h frozen
 
-Source: the baseline of every paper here; Alain and Bengio, 2016, arXiv 1610.01644.
+Source: the baseline of every paper here; Alain and Bengio, 2016, "Understanding intermediate layers using linear
+classifier probes", arXiv 1610.01644.
 """
 from slimtune.core import Builder, Unfreeze
 

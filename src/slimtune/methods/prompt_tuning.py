@@ -14,10 +14,10 @@ from slimtune.core import Bound, Params, Prompt, Site, normal, uniform
 
 
 class PromptTuning(Prompt):
-    """l token embeddings: 76,800 numbers on T5-base at l = 100.
+    """l token embeddings in front of the first tower's input.
 
-    The prompt is taken off after the last block, so pooling and labels see the text alone; the
-    encoder of an encoder-decoder keeps it, and its decoder attends to it.
+    Trains l d numbers: 76,800 on T5-base at l = 100. The prompt is taken off after the last block, so pooling and
+    labels see the text alone; the encoder of an encoder-decoder keeps it, and its decoder attends to it.
 
     Shapes:
         prompt: (l, d), or (B, l, d) with an example axis.
