@@ -30,17 +30,14 @@ class MLPHead(Add):
     identity: ClassVar[bool] = False
 
     def install(self, build: Builder) -> None:
-        sites = []
-        for head in build.anatomy.heads:
-            path, linear = next(((p, m) for p, m in build.module(head).named_modules() if isinstance(m, nn.Linear)),
-                                ("", None))
-            if linear is not None:
-                d = linear.in_features
-                sites.append(Site("features", None, "head", join(head, path), d, d, at="input"))
-        if not sites:
+        linears = [(join(head, path), module) for head in build.anatomy.heads
+                   for path, module in build.module(head).named_modules() if isinstance(module, nn.Linear)]
+        if not linears:
             raise MethodError(f"MLPHead cannot go on this {build.anatomy.model_type}: it has no linear task head.",
                               "Load the model with one, for example AutoModelForImageClassification.")
-        self.put(build, sites)
+        path, linear = linears[0]  # the first is what the features enter
+        d = linear.in_features
+        self.put(build, [Site("features", None, "head", path, d, d, at="input")])
 
     def params(self, site: Site) -> Params:
         d = site.d_in

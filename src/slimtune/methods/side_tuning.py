@@ -19,8 +19,9 @@ from slimtune.errors import MethodError
 class SideTuning(Side):
     """The backbone runs without a graph, and no rung joins it to the side network.
 
-    Trains, with w = d / r: (d + 1) w at the start, `depth` blocks of width w, and (w + 1) d, the norm and the
-    blend at the end.
+    Trains (d + 1) w + depth E + 2 w + (w + 1) d + 1 numbers: 372,193 on BERT-base at r = 8, depth 2.
+
+    w = d / r, f = d_ff / r; a block of BERT's has E = 4 w (w + 1) + 2 w f + f + w + 4 w.
 
     Shapes:
         h: (B, T, d); s: (B, T, d / r).

@@ -82,3 +82,9 @@ def gpt2_medium_meta(**values: Any) -> nn.Module:
 def vit_b16_meta(**values: Any) -> nn.Module:
     """ViT-B/16 at 224 pixels with a classifier, without pooler: 85,798,656 without the classifier."""
     return _build("ViTForImageClassification", "ViTConfig", **values)
+
+
+def swin_base_meta(**values: Any) -> nn.Module:
+    """Swin-B at 224 pixels with a classifier: 24 blocks in four stages of width 128 to 1,024; 86,743,224 without it."""
+    return _build("SwinForImageClassification", "SwinConfig", embed_dim=128, depths=[2, 2, 18, 2],
+                  num_heads=[4, 8, 16, 32], **values)
