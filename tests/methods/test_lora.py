@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import slimtune as st
+from slimtune.errors import MethodError
 from slimtune.testing import assert_equation, batch, output, randomize, site_io, tiny
 
 
@@ -37,3 +38,23 @@ def test_it_is_a_change_of_the_weights():
 def test_count():
     count = st.attach(tiny("bert"), st.methods.LoRA(rank=3)).count()
     assert count.adapter == 2 * 2 * 3 * (32 + 32)
+
+
+def test_a_sub_layer_site_is_not_merged():
+    model = tiny("llama").double()
+    delta = randomize(st.attach(model, st.methods.LoRA(rank=2, sites=("attn",))))
+    with pytest.raises(MethodError, match="cannot be merged"):
+        delta.merge()
+
+
+@pytest.mark.parametrize("second", ["dora", "tarp", "lora"])
+def test_unions_merge_in_their_order(second: str):
+    """Each method folds as it runs, though another one has changed the weight before it."""
+    other = {"dora": st.methods.DoRA(rank=2), "lora": st.methods.LoRA(rank=3),
+             "tarp": st.methods.TARP(form="bilinear", rank=2, multiplicative=True, sites=("attn.q", "attn.v"))}[second]
+    for order in (1, -1):
+        model, inputs = tiny("bert").double(), batch("bert")
+        delta = randomize(st.attach(model, [st.methods.LoRA(rank=2), other][::order]))
+        own = output(model, inputs)
+        delta.merge()
+        torch.testing.assert_close(output(model, inputs), own)

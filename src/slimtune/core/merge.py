@@ -29,7 +29,8 @@ def merged(delta: "Delta") -> list[tuple[nn.Module, str, Tensor]]:
             if site.path not in work:
                 work[site.path] = _start(delta.model.get_submodule(site.path), site.path)
             module, weight, bias = work[site.path]
-            work[site.path] = (module, *_fold_slot(slot, site, weight, bias))
+            host = delta.model.get_submodule(slot.site.path)
+            work[site.path] = (module, *_fold_slot(slot, host, site, weight, bias))
     return [change for module, weight, bias in work.values() for change in _finish(module, weight, bias)]
 
 
@@ -49,10 +50,15 @@ def wide(value: Tensor) -> Tensor:
     return value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
 
 
-def _fold_slot(slot: Slot, site: Site, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _fold_slot(slot: Slot, host: nn.Module, site: Site, weight: Tensor,
+               bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if site.source is not None:
+        raise MethodError(f"{type(slot.method).__name__} at {site.name} cannot be merged: it reads the sub-layer's input "
+                          "and adds to its output, and between them is more than one linear map.",
+                          "Keep it attached, or choose linear sites, such as attn.q or mlp.down.")
     view = weight.mT if site.transposed else weight
     rows = slice(*site.part) if site.part is not None else slice(None)
-    p = slot.bind(weight)
+    p = slot.bind(weight, host)
     new_weight, new_bias = slot.method.fold(p, view[rows], None if bias is None else bias[rows])
     view[rows] = new_weight
     if new_bias is not None:

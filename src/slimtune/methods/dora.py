@@ -4,7 +4,8 @@
 
 The norm is that of each row, one an output, as in the authors' code; no gradient goes through it.
 
-Source: Liu et al., 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equations 5 and 11.
+Source: Liu et al., 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, equation 5 and
+section 4.3.
 """
 from typing import ClassVar
 
@@ -49,7 +50,7 @@ class DoRA(Add):
         return low_rank_add(y, x, p["A"], g[..., None] * p["B"], self.scale, self.dropout, p.training)
 
     def fold(self, p: Bound, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        g = p["m"] / self._norm(p, weight)
+        g = p["m"] / self._norm(p, p.base)
         return g[:, None] * (weight + self.scale * p["B"] @ p["A"]), bias
 
     @torch.no_grad()

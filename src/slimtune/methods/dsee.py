@@ -2,8 +2,10 @@
 
     y <- y + (alpha / r) (B A + S2) x,    A ~ N(0, 0.02^2), B = 0, S2 = 0 at the start
 
-Only N entries of S2 are ever other than 0. Source: Chen et al., 2023, "DSEE: Dually Sparsity-Embedded Efficient
-Tuning of Pre-trained Language Models", arXiv 2111.00160, section 3; support and starts as in the paper's code.
+Only N entries of S2 are ever other than 0; which ones, and the starts, are as in the paper's code.
+
+Source: Chen et al., 2023, "DSEE: Dually Sparsity-Embedded Efficient Tuning of Pre-trained Language Models", arXiv
+2111.00160, section 3.
 """
 from typing import ClassVar, Literal
 
@@ -24,9 +26,9 @@ class DSEE(Add):
     beside the values, and a saved delta brings its own: they are found once, when the method is first attached.
     support: the N entries largest in the sparse part of the weight's decomposition ("grebsmo", see core/support.py),
     in the weight itself ("magnitude"), or in noise ("random").
-    outer: rounds of that decomposition, 5 more ranks each. The paper's scripts take 100, which is ten seconds for a
-    matrix of width 768 on one core, and leaves nothing sparse of a width below 496; 20 takes half a second, and goes
-    on every width above 96.
+    outer: rounds of that decomposition, 5 more ranks each. The paper's scripts take 100: six seconds of one core for a
+    matrix of width 768, and nothing sparse is left of a width up to 496. 20 takes 0.4 seconds, and goes on every
+    width above 96.
 
     Shapes:
         x: (..., T, d_in); y: (..., T, d_out).

@@ -18,8 +18,8 @@ class LoKr(Add):
     """A Kronecker product beside a linear map.
 
     Each width is split in two, d_in = a b and d_out = c e, as near to the square root as its divisors allow, or with
-    `factor` as a and c. Trains a c + r (b + e) numbers a site, 26,112 on BERT-base at rank 8; where r is no less than
-    half of b or e, a full factor of b e numbers stands for B A.
+    `factor` as a and c. Trains a c + r (b + e) numbers a site: 26,112 on BERT-base at rank 8. Where r is half of b and
+    e or more, one full factor of b e numbers stands for B A.
 
     Shapes:
         x: (..., T, d_in); y: (..., T, d_out); C: (c, a); A: (r, b); B: (e, r), or W: (e, b).

@@ -12,7 +12,6 @@ arXiv 2207.03509, equations 1 and 3. Written for a weight of (d_out, d_in), whic
 import math
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -39,16 +38,16 @@ from slimtune.errors import MethodError
 class TARP(Add):
     """Task-adaptive reparametrisation of all linear maps of a block; a gate is none of the paper's six.
 
-    Each branch trains d_in r^2 + r (d_in + d_out) numbers a site, d_in r instead of d_in r^2 with sigma="diag";
-    bilinear r (d_in + d_out); kronecker n^3 + r (d_in + d_out). On RoBERTa-base at r = 8 the dynamic sum is 6,635,520.
-    The paper's "Params." follow from none of its parametrisations. GPT-2's fused projection is three sites here.
-    additive, multiplicative: Phi2 and Phi1, each on or off.
-    init: "paper", all factors N(0, 0.02^2), so that Phi1 starts near 0 and takes the weight away; "identity" (ours),
-    1 + Phi1 in its stead, and U = 0.
-    compat: the official code's Phi1 is static even where Phi2 is dynamic, and passes a softplus; it starts at 0.69, or
-    with init="identity" at 1 by a constant within the softplus.
+    Trains d_in r^2 + r (d_in + d_out) numbers a site and branch: 6,635,520 on RoBERTa-base at r = 8. With sigma="diag"
+    d_in r stand for d_in r^2, in the bilinear form none, in the kronecker form n^3. The paper's own "Params." follow
+    from none of these; GPT-2's fused projection, one layer in its code, is three sites here.
+    additive, multiplicative: Phi2 and Phi1, each on or off. A dynamic Phi1 costs r products with the whole weight.
+    init: "paper", all factors N(0, 0.02^2): Phi1 then starts near 0 and takes the weight away. "identity", ours: U = 0,
+    and 1 + Phi1 stands for Phi1.
+    compat="official": Phi1 is softplus(Phi), of a bilinear Phi where the form is dynamic. It starts at 0.69, or at 1
+    with init="identity", by a constant inside the softplus.
 
-    Mergeable unless a branch is dynamic.
+    Mergeable where nothing is dynamic.
 
     Shapes:
         x: (..., T, d_in); y: (..., T, d_out); U: (d_out, r), V: (r, d_in); F: (r^2, d_in);
@@ -65,17 +64,17 @@ class TARP(Add):
     compat: Literal["paper", "official"] = Field("paper", description="whose Phi1")
     sites: tuple[str, ...] = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")
 
-    silent: ClassVar[dict[str, str]] = {
-        r"\.tarp(_\d+)?\.(shift|scale)_[FHV]$": "U is 0 at the identity start, so the first gradient stops there"}
+    identity: ClassVar[bool] = False
+    merges_where: ClassVar[str] = "where nothing is dynamic"
 
-    @property
-    def identity(self) -> bool:  # type: ignore[override]
+    def starts_as_identity(self) -> bool:
         return self.init == "identity"
 
-    @property
-    def mergeable(self) -> bool:
-        """Whether it is a change of the weight, the same for every token."""
-        return not any(self._dynamic(branch) for branch in self._branches())
+    def resting(self) -> dict[str, str]:
+        little = {r"\.attn\.[qk]\.tarp": "queries and keys get little gradient, and small factors pass little of it"}
+        if self.init == "identity":
+            return {r"_[FHV]$": "U is 0 at the start, so the first gradient stops there"} | little
+        return {r"\.tarp": "Phi1 starts near 0, and with it what comes behind"} if self.multiplicative else little
 
     def where(self, anatomy: Anatomy) -> list[Site]:
         if not self._branches():
@@ -99,9 +98,9 @@ class TARP(Add):
         return y + affine(x, self._scale(p) * p.base)
 
     def fold(self, p: Bound, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not self.mergeable:
+        if any(self._dynamic(branch) for branch in self._branches()):
             return super().fold(p, weight, bias)  # which refuses
-        new = weight + self._scale(p) * weight if self.multiplicative else weight
+        new = weight + self._scale(p) * p.base if self.multiplicative else weight
         return new + self._phi(p, "shift") if self.additive else new, bias
 
     def _branches(self) -> list[str]:
@@ -119,7 +118,9 @@ class TARP(Add):
                                   "Choose one that does.")
             return {"H": normal(n, n, n), "U": left(n, d_out // n, r), "V": normal(n, r, d_in // n)}
         factors = {"U": left(d_out, r), "V": normal(r, d_in)}
-        return factors | {"F": kaiming(r * r if self.sigma == "full" else r, d_in)} if self._dynamic(branch) else factors
+        if self._dynamic(branch):
+            factors["F"] = kaiming(r * r if self.sigma == "full" else r, d_in)
+        return factors
 
     def _phi(self, p: Bound, branch: str) -> Tensor:
         """A static Phi, (d_out, d_in)."""

@@ -225,7 +225,7 @@ def example_axis(case: Case) -> None:
     for module in modules:
         for name, p in module._parameters.items():
             if p is not None:
-                module._parameters[name] = nn.Parameter(p.detach().expand(size, *p.shape).clone())
+                module._parameters[name] = nn.Parameter(p.detach().expand(size, *p.shape).clone(), p.requires_grad)
     try:
         with torch.no_grad():
             out = output(model, case.inputs)

@@ -7,7 +7,7 @@ SIZES: dict[str, Any] = {"rank": 2, "bottleneck": 4, "length": 3, "reduction": 4
 """Values of the fields that many methods share."""
 
 OWN: dict[str, dict[str, Any]] = {"phm_adapter": {"division": 2, "rank": None}, "adapter_drop": {"drop": 1},
-                                  "kadaptation": {"division": 4}}
+                                  "kadaptation": {"division": 4}, "dsee": {"outer": 2, "nonzero": 8}}
 """Values of single methods, by name, where the shared ones do not do."""
 
 

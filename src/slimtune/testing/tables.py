@@ -46,7 +46,7 @@ def full() -> str:
         cls = own()[e.name]
         paper = ", ".join(part for part in (e.who, _linked(e.title or e.number, e)) if part)
         rows.append([f"`{e.name}`", paper, e.primitive, e.trains, e.formula, counted(cls),
-                     "yes" if cls().identity else "no", mergeable(cls)])
+                     "yes" if cls().starts_as_identity() else "no", mergeable(cls)])
     return markdown(["name", "paper", "primitive", "trains", "formula", "count (BERT-base)", "identity at start",
                      "mergeable"], rows)
 
