@@ -36,7 +36,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     """
     methods = _methods(method)
     root = _root(model, name)
-    before = root.plan.active
+    before = root.plan.active, root.plan.weights
     set_active(root, ())
     try:
         root.anatomy = anatomy or root.anatomy or dissect(model)
@@ -45,7 +45,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     except BaseException:
         strip(root, name, list(model.modules()))
         release(root, model.modules())
-        set_active(root, before)
+        set_active(root, *before)
         if not root.deltas:
             _thaw(model, root)
         raise

@@ -166,7 +166,7 @@ class Delta:
         self._alive()
         if self.merged:
             raise DeltaError(f"delta '{self.name}' is merged already.", "Call unmerge() first.")
-        if self.root.plan.active != (self.name,):
+        if self.root.plan.active != (self.name,) or self.root.plan.weights:
             raise DeltaError(f"delta '{self.name}' does not run alone: active are {listing(self.root.plan.active)}.",
                              "Call activate() on it, then merge it.")
         changes = merged(self)
@@ -193,7 +193,8 @@ class Delta:
         self._alive()
         self.unmerge()
         root = self.root
-        set_active(root, tuple(n for n in root.plan.active if n != self.name))
+        rest = tuple(n for n in root.plan.active if n != self.name)
+        set_active(root, rest, {n: w for n, w in root.plan.weights.items() if n in rest})
         strip(root, self.name, self.hosts)
         del root.deltas[self.name]
         if not root.deltas:

@@ -5,6 +5,7 @@
 Source: Karimi Mahabadi et al., 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", arXiv
 2106.04647, equations 5 to 8.
 """
+import math
 from collections.abc import Sequence
 
 from pydantic import Field
@@ -17,7 +18,7 @@ from slimtune.core.init import Params, normal, xavier
 from slimtune.core.kronecker import kron_apply, kron_sum
 from slimtune.core.method import Norms
 from slimtune.core.sites import Site
-from slimtune.errors import MethodError
+from slimtune.errors import MethodError, listing
 
 GAIN = 2**0.5
 
@@ -38,7 +39,7 @@ class PHM(Adapter):
 
     def resting(self) -> dict[str, str]:
         small = "the A_i start at 1e-4, as in the paper, so the first gradient is smaller than others by eight digits"
-        return {r"\.(down|up)_[st]$": small} if self.shared_rule else {}
+        return {r"\.(down|up)_[Bst]$": small} if self.shared_rule else {}
 
     def shared(self, sites: Sequence[Site]) -> Params:
         n = self.division
@@ -47,9 +48,10 @@ class PHM(Adapter):
     def project_params(self, name: str, d_in: int, d_out: int) -> Params:
         n = self.division
         if d_in % n or d_out % n:
-            raise MethodError(f"{type(self).__name__}.division={n} divides not both widths of a {d_in} x {d_out} "
-                              "projection.", f"Choose a bottleneck and a division that do; {d_in} and {d_out} are the "
-                              "site's width and the bottleneck.")
+            both = math.gcd(d_in, d_out)
+            raise MethodError(f"{type(self).__name__}.division={n} does not divide both the site's width and the "
+                              f"bottleneck: the {name}-projection is {d_in} x {d_out}.", "Choose a division of "
+                              f"{listing(str(k) for k in range(1, both + 1) if both % k == 0)}, or another bottleneck.")
         rule = {} if self.shared_rule else {f"{name}_A": normal(n, n, n, std=0.01)}
         c, d, r = d_in // n, d_out // n, self.rank
         if r is None:

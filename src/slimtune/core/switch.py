@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from slimtune.core import insert, positions, reentrant, side, tokens
+from slimtune.core import blocktokens, insert, pixels, positions, promptkeys, quiet, reentrant, side, tokens, windows
 from slimtune.core.insert import CHILD, Insert, Root
 from slimtune.core.keyvalues import unwrap
 from slimtune.errors import DeltaError, MethodError, listing, suggest
@@ -14,7 +14,8 @@ from slimtune.errors import DeltaError, MethodError, listing, suggest
 if TYPE_CHECKING:
     from slimtune.core.delta import Delta
 
-HOOKS = (*insert.HOOKS, *tokens.HOOKS, *positions.HOOKS, *side.HOOKS, *reentrant.HOOKS)
+PARTS = (insert, tokens, blocktokens, promptkeys, windows, pixels, quiet, positions, side, reentrant)
+HOOKS = tuple(hook for part in PARTS for hook in part.HOOKS)
 
 
 def strip(root: Root, name: str, hosts: Sequence[nn.Module]) -> None:
@@ -80,8 +81,9 @@ def activate(model: nn.Module, *names: str, weights: Sequence[float] | None = No
 
 
 def _weights(found: Mapping[str, Delta], names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:
-    if len(set(names)) != len(weights):
-        raise DeltaError(f"activate got {len(set(names))} deltas and {len(weights)} weights.", "Give one for each.")
+    if len(set(names)) != len(weights) or len(names) != len(weights):
+        raise DeltaError(f"activate got {len(names)} deltas ({listing(names)}) and {len(weights)} weights.",
+                         "Name each delta once, and give one weight for each.")
     for name in names:
         for _, slot in found[name].slots:
             if slot.kind not in ("output", "input"):

@@ -12,7 +12,7 @@ from slimtune.errors import SiteError
 
 
 class AdapterDrop(Adapter):
-    """Nothing is propagated below the lowest adapter, which is what makes it faster to train.
+    """Without norms below it (norms="none"), nothing is propagated below the lowest adapter: it trains faster.
 
     Trains 2 (L - k) (2 m d + m + d) numbers a tower, beside the norms.
 

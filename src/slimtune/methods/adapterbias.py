@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from slimtune.core import Add, Anatomy, Bound, Norms, Params, Site, normal, scalar, vector, zeros
+from slimtune.errors import MethodError
 
 
 class AdapterBias(Add):
@@ -44,7 +45,12 @@ class AdapterBias(Add):
         return {n: i for n, i in _all(site).items() if n not in self._common()}
 
     def shared(self, sites: Sequence[Site]) -> Params:
-        return {n: i for n, i in _all(sites[0]).items() if n in self._common()}
+        made = {n: i for n, i in _all(sites[0]).items() if n in self._common()}
+        for site in sites:
+            if any(_all(site)[n].shape != init.shape for n, init in made.items()):
+                raise MethodError(f"AdapterBias.share='{self.share}': {sites[0].name} and {site.name} differ in width.",
+                                  "Set share='none', or leave one of them out of its sites.")
+        return made
 
     def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
         alpha = (x * vector(p["a"], x)).sum(-1, keepdim=True) + scalar(p["c"], x)

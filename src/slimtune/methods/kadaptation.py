@@ -8,6 +8,7 @@ update of rank n. Row vectors: y = x W.
 Source: He et al., 2023, "Parameter-Efficient Model Adaptation for Vision Transformers", arXiv 2203.16329,
 section 3.2, and its code.
 """
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -16,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from slimtune.core import Add, Anatomy, Bound, Params, Site, low_rank_add, uniform, vector, xavier, zeros
-from slimtune.errors import MethodError
+from slimtune.errors import MethodError, listing
 
 
 class KAdaptation(Add):
@@ -51,8 +52,10 @@ class KAdaptation(Add):
     def params(self, site: Site) -> Params:
         n = self.division
         if site.d_in % n or site.d_out % n:
-            raise MethodError(f"KAdaptation.division={n} divides not both widths of {site.name} "
-                              f"({site.d_in} -> {site.d_out}).", "Choose a divisor of both.")
+            both = math.gcd(site.d_in, site.d_out)
+            raise MethodError(f"KAdaptation.division={n} does not divide both widths of {site.name} ({site.d_in} -> "
+                              f"{site.d_out}).",
+                              f"Choose one of {listing(str(k) for k in range(1, both + 1) if both % k == 0)}.")
         c = site.d_in // n
         start = zeros(n, c) if self.compat == "official" else xavier(n, c, fan_in=c, fan_out=1)
         return {"u": start, "v": zeros(n, site.d_out // n)}

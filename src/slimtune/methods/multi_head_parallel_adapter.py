@@ -33,6 +33,12 @@ class MultiHeadParallelAdapter(KeysValues):
     identity: ClassVar[bool] = True
     silent: ClassVar[dict[str, str]] = {r"\.key$": "the values are 0 at the start, so the first gradient stops there"}
 
+    def starts_as_identity(self) -> bool:
+        return self.init == "lora" and self.composition in ("add", "relu")
+
+    def resting(self) -> dict[str, str]:
+        return self.silent if self.starts_as_identity() else {}
+
     def params(self, site: Site) -> Params:
         width = site.heads * site.head_dim
         value = zeros(self.bottleneck, width) if self.init == "lora" else normal(self.bottleneck, width)
