@@ -14,10 +14,11 @@ from slimtune.core import (
     dissect,
     register,
 )
+from slimtune.core.examples import per_example
 from slimtune.errors import SlimtuneError
 from slimtune.io.load import load
 
 __version__ = "0.1.0"
 
 __all__ = ["Anatomy", "Count", "Delta", "Method", "Site", "SlimtuneError", "TowerSpec", "activate", "attach", "average",
-           "deltas", "dissect", "load", "methods", "register"]
+           "deltas", "dissect", "load", "methods", "per_example", "register"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.bound import Bound, cast
 from slimtune.core.sites import Site
+from slimtune.errors import MethodError
 
 CHILD = "slimtune"
 
@@ -23,13 +24,15 @@ CHILD = "slimtune"
 class Plan:
     """What every insert of one model shares: the names of the active deltas, in order.
 
-    weights: the share of each, when they are averaged and not stacked.
+    weights: the share of each, when they are averaged and not stacked; examples: how many there are in the batch,
+    while parameters carry an example axis (see examples.py).
     `carry` holds what a side network or a prompt hands from one hook to the next, by thread.
     """
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.weights: dict[str, float] = {}
+        self.examples: int | None = None
         self.carry: dict[tuple[int, str], Any] = {}
 
     def put(self, key: str, value: Any) -> None:
@@ -56,12 +59,13 @@ class Slot(nn.Module):
     label: str
     causal: bool
     relative: tuple[nn.Module, ...]
+    plan: Plan | None
     _shared: tuple[nn.Module, ...]
 
     def __init__(self, method: Any, site: Site, kind: str, label: str, shared: nn.Module | None = None) -> None:
         super().__init__()
         # shared stands in a tuple, so that it is not registered twice; past Module.__setattr__, which costs
-        self.__dict__.update(method=method, site=site, kind=kind, label=label, causal=False, relative=(),
+        self.__dict__.update(method=method, site=site, kind=kind, label=label, causal=False, relative=(), plan=None,
                              _shared=(shared,) if shared is not None else ())
 
     def bind(self, like: Tensor, host: nn.Module | None = None) -> Bound:
@@ -69,7 +73,19 @@ class Slot(nn.Module):
         values: dict[str, Tensor] = {}
         for module in (*self._shared, self):
             values |= {k: cast(v, like.dtype) for k, v in module._parameters.items() if v is not None}
+            if self.plan is not None and self.plan.examples not in (None, like.shape[0]):
+                values |= {k: self._rows(values[k], like) for k, v in module._parameters.items()
+                           if v is not None and v.requires_grad}
         return Bound(values, self.site, self.training, host)
+
+    def _rows(self, value: Tensor, like: Tensor) -> Tensor:
+        """An expanded tensor for a host whose rows are pieces of examples, such as windows of an image."""
+        assert self.plan is not None
+        examples, rows = self.plan.examples, like.shape[0]
+        if examples is None or rows % examples:
+            raise MethodError(f"{self.site.name} works on {rows} rows that all {examples} examples share, so nothing "
+                              "there has a value for each example.", "Leave this site out of the method's sites.")
+        return value.repeat_interleave(rows // examples, 0)
 
     def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y with this slot's method applied: on its slice, where the projection is fused."""
@@ -99,6 +115,7 @@ class Insert(nn.Module):
     def add(self, name: str, slot: Slot) -> None:
         group = self.groups.get(name, ())
         self.groups[name] = (*group, slot)
+        slot.__dict__["plan"] = self.plan
         self._modules[f"{name}:{len(group)}"] = slot
 
     def drop(self, name: str) -> None:

@@ -1,0 +1,193 @@
+"""The example axis in training: every trained number expanded to the batch, so its gradient is each example's.
+
+    theta -> [theta, ..., theta], (B, *shape);    the gradient of the expanded tensor is the per-example gradient
+
+What a delta adds runs on expanded parameters as it is, for its functions allow a leading example axis. A tensor of
+the backbone stands in a module that allows none: that module's forward runs once for each example's copy, by vmap.
+A tensor used in several places is one expanded tensor, so its gradients add up before anybody takes a norm.
+"""
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from slimtune.core.delta import Delta
+from slimtune.core.insert import CHILD, Root
+from slimtune.core.switch import deltas
+from slimtune.errors import DeltaError, MethodError, listing
+
+BIAS, MAKER = "relative_attention_bias", "compute_bias"
+"""A table of positions, which all examples share, and the method of the module above it that reads it (T5)."""
+
+
+class ExampleGradients:
+    """What `per_example` yields: the expanded tensors of one forward, and after backward their gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.active = [d for d in deltas(model).values() if d.active]
+        self.leaves: dict[int, Tensor] = {}
+        self.size: int | None = None
+        self.undo: list[Callable[[], object]] = []
+        standing = {id(p) for p in model.parameters()}  # of tensors that two deltas own, the last one's stands
+        self.names = [(d, n, p) for d in self.active for n, p in d.named_parameters() if id(p) in standing]
+
+    def collect(self) -> dict[str, Tensor]:
+        """Per-example gradients by name of state, (B, *shape); with several deltas, behind the delta's name.
+
+        Errors: DeltaError before a backward pass, or for a trained tensor that the loss does not depend on.
+        """
+        found: dict[str, Tensor] = {}
+        resting = {d.name: d.resting() for d in self.active}
+        for delta, name, p in self.names:
+            leaf = self.leaves.get(id(p))
+            if leaf is None or (leaf.grad is None and name not in resting[delta.name]):
+                raise DeltaError(f"no gradient of an example reaches {name}.",
+                                 "Run model(...) and backward inside `with per_example(model)`, with this delta "
+                                 "active, on a loss that depends on it.")
+            front = f"{delta.name}/" if len(self.active) > 1 else ""
+            found[front + name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return found
+
+    # expanding
+
+    def begin(self, size: int) -> None:
+        if self.size == size:
+            return
+        if self.size is not None:
+            raise DeltaError(f"per_example began with {self.size} examples, and is now called with {size}.",
+                             "Open a new `with per_example(model)` for each batch.")
+        self.size = self.active[0].root.plan.examples = size
+        for delta in self.active:
+            for module in (*delta.shared.values(), *(slot for _, slot in delta.slots)):
+                for name, p in module._parameters.items():
+                    if p is not None and p.requires_grad:
+                        self._swap(module, name, p)
+            self._owned(delta)
+
+    def _leaf(self, p: Tensor) -> Tensor:
+        assert self.size is not None
+        if id(p) not in self.leaves:
+            self.leaves[id(p)] = nn.Parameter(p.detach().expand(self.size, *p.shape))
+        return self.leaves[id(p)]
+
+    def _swap(self, module: nn.Module, name: str, p: nn.Parameter) -> None:
+        module._parameters[name] = self._leaf(p)  # type: ignore[assignment]
+        self.undo.append(lambda: module._parameters.__setitem__(name, p))
+
+    def _owned(self, delta: Delta) -> None:
+        """Give each module with trained tensors of the backbone a forward of its own for each example."""
+        trained = {id(own.value) for own in delta.owned if own.value.requires_grad}
+        paths = [path for path, m in self.model.named_modules()
+                 if f".{CHILD}." not in f".{path}." and any(id(p) in trained for p in m._parameters.values())]
+        tops = [h for h in paths if not any(h.startswith(f"{other}.") for other in paths if other != h)]
+        assert self.size is not None
+        for path in tops:
+            module, above = self.model.get_submodule(path), self.model.get_submodule(path.rpartition(".")[0])
+            names = {n: self._leaf(p) for n, p in module.named_parameters() if id(p) in trained}
+            if path.endswith(BIAS) and hasattr(above, MAKER):
+                self._instead(above, MAKER, _each_table(above, module, names["weight"]))
+            else:
+                self._instead(module, "forward", _each(module, names, self.size))
+
+    def _instead(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        module.__dict__[name] = function
+        self.undo.append(lambda: module.__dict__.pop(name))
+
+
+@contextmanager
+def per_example(model: nn.Module) -> Iterator[ExampleGradients]:
+    """Per-example gradients of all that the active deltas train, from one backward pass.
+
+    Call the model, and backward on the sum of a loss vector, inside the `with`; then `collect()`. The number of
+    examples is the first axis of the first input. Nothing is left behind, also after an error.
+
+    Errors: DeltaError without an active delta; MethodError where a site works on rows that are no examples.
+    Example:
+        >>> from slimtune.core import attach
+        >>> from slimtune.methods import LoRA
+        >>> from slimtune.testing import batch, tiny
+        >>> model, inputs = tiny("bert"), batch("bert")
+        >>> delta = attach(model, LoRA(rank=2))
+        >>> with per_example(model) as grads:
+        ...     logits = model(**inputs).logits
+        ...     torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="sum").backward()
+        >>> grads.collect()["encoder.0.attn.q.lora.B"].shape[0] == len(logits)
+        True
+    """
+    found = ExampleGradients(model)
+    if not found.active:
+        raise DeltaError("per_example needs an active delta.", f"There are: {listing(deltas(model)) or 'none'}")
+    root = model._modules[CHILD]
+    assert isinstance(root, Root)
+    if root.plan.examples is not None:
+        raise DeltaError("per_example is open on this model already.", "Close it before the next batch.")
+    handle = model.register_forward_pre_hook(lambda m, a, k: found.begin(_size(a, k)), with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()
+        for step in reversed(found.undo):
+            step()
+        root.plan.examples = None
+
+
+def _size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return next(int(v.shape[0]) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0)
+
+
+def _each(module: nn.Module, leaves: Mapping[str, Tensor], size: int) -> Callable[..., Any]:
+    """The module's forward with a copy of these tensors for each example.
+
+    An input whose first axis is a multiple of the examples is cut along it; others are shared. Positions that
+    stand for all examples, (1, T), are repeated if there is nothing else.
+    """
+    bare = copy.copy(module)
+    bare.__dict__ = {**module.__dict__, "_forward_hooks": {}, "_forward_pre_hooks": {},
+                     "_parameters": dict(module._parameters),
+                     "_modules": {n: m for n, m in module._modules.items() if n != CHILD}}
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        values, spec = tree_flatten((args, kwargs))
+        rows_of = {i: v.shape[0] for i, v in enumerate(values) if isinstance(v, Tensor) and v.dim() > 0}
+        cut = [i for i, n in rows_of.items() if n >= size and n % size == 0]
+        if not cut:
+            cut = [i for i, n in rows_of.items() if n == 1 and not values[i].is_floating_point()]
+            values = [v.expand(size, *v.shape[1:]) if i in cut else v for i, v in enumerate(values)]
+        if not cut:
+            raise MethodError(f"{type(module).__name__} works on rows that all {size} examples share, so its trained "
+                              "tensors have no per-example gradient here.", "Leave them out of what is trained.")
+
+        def one(own: dict[str, Tensor], *rows: Tensor) -> Any:
+            mine = list(values)
+            for i, row in zip(cut, rows, strict=True):
+                mine[i] = row
+            a, k = tree_unflatten(mine, spec)
+            return functional_call(bare, own, a, k)
+
+        pieces = [values[i].unflatten(0, (size, -1)) for i in cut]
+        out = vmap(one, randomness="different")(dict(leaves), *pieces)
+        return tree_map(lambda t: t.flatten(0, 1) if isinstance(t, Tensor) else t, out)
+
+    return forward
+
+
+def _each_table(above: nn.Module, table: nn.Module, leaf: Tensor) -> Callable[..., Any]:
+    """The bias of each example, (B, heads, queries, keys), from its own copy of the table."""
+    make = getattr(above, MAKER)
+
+    def bias(*args: Any, **kwargs: Any) -> Tensor:
+        def one(weight: Tensor) -> Tensor:
+            table.__dict__["forward"] = lambda positions: torch.nn.functional.embedding(positions, weight)
+            try:
+                return make(*args, **kwargs)
+            finally:
+                table.__dict__.pop("forward")
+        return vmap(one)(leaf).flatten(0, 1)
+
+    return bias
