@@ -15,10 +15,11 @@ from slimtune.core import (
     register,
 )
 from slimtune.core.examples import per_example
+from slimtune.core.route import route
 from slimtune.errors import SlimtuneError
 from slimtune.io.load import load
 
 __version__ = "0.1.0"
 
 __all__ = ["Anatomy", "Count", "Delta", "Method", "Site", "SlimtuneError", "TowerSpec", "activate", "attach", "average",
-           "deltas", "dissect", "load", "methods", "per_example", "register"]
+           "deltas", "dissect", "load", "methods", "per_example", "register", "route"]

@@ -15,7 +15,7 @@ from slimtune.core.insert import CHILD, Root, Slot
 from slimtune.core.merge import merged
 from slimtune.core.method import Method
 from slimtune.core.store import save
-from slimtune.core.switch import release, set_active, strip
+from slimtune.core.switch import leave, set_active
 from slimtune.core.unfreeze import Owned, base_parameters
 from slimtune.errors import DeltaError, listing
 
@@ -195,14 +195,8 @@ class Delta:
         root = self.root
         rest = tuple(n for n in root.plan.active if n != self.name)
         set_active(root, rest, {n: w for n, w in root.plan.weights.items() if n in rest})
-        strip(root, self.name, self.hosts)
         del root.deltas[self.name]
-        if not root.deltas:
-            for path, p in base_parameters(self.model).items():
-                p.requires_grad_(root.required.get(path, True))
-            del self.model._modules[CHILD]
-        if any(s.kind == "kv" for _, s in self.slots):
-            release(root, self.hosts)
+        leave(self.model, self.name, self.hosts, any(s.kind == "kv" for _, s in self.slots))
         self.slots, self.owned, self.hosts, self.shared = [], [], [], {}
         self._gone = True
 

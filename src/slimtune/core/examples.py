@@ -66,8 +66,11 @@ class ExampleGradients:
         for delta in self.active:
             for module in (*delta.shared.values(), *(slot for _, slot in delta.slots)):
                 for name, p in module._parameters.items():
-                    if p is not None and p.requires_grad:
+                    if p is not None and p.is_floating_point():
                         self._swap(module, name, p)
+            for _, slot in delta.slots:
+                slot.__dict__["rows"] = size
+                self.undo.append(lambda slot=slot: slot.__dict__.update(rows=None))
             self._owned(delta)
 
     def _leaf(self, p: Tensor) -> Tensor:
@@ -77,27 +80,21 @@ class ExampleGradients:
         return self.leaves[id(p)]
 
     def _swap(self, module: nn.Module, name: str, p: nn.Parameter) -> None:
-        module._parameters[name] = self._leaf(p)  # type: ignore[assignment]
+        expanded = self._leaf(p) if p.requires_grad else p.detach().expand(self.size or 1, *p.shape)
+        module._parameters[name] = expanded  # type: ignore[assignment]
         self.undo.append(lambda: module._parameters.__setitem__(name, p))
 
     def _owned(self, delta: Delta) -> None:
         """Give each module with trained tensors of the backbone a forward of its own for each example."""
-        trained = {id(own.value) for own in delta.owned if own.value.requires_grad}
-        paths = [path for path, m in self.model.named_modules()
-                 if f".{CHILD}." not in f".{path}." and any(id(p) in trained for p in m._parameters.values())]
-        tops = [h for h in paths if not any(h.startswith(f"{other}.") for other in paths if other != h)]
         assert self.size is not None
-        for path in tops:
-            module, above = self.model.get_submodule(path), self.model.get_submodule(path.rpartition(".")[0])
-            names = {n: self._leaf(p) for n, p in module.named_parameters() if id(p) in trained}
-            if path.endswith(BIAS) and hasattr(above, MAKER):
-                self._instead(above, MAKER, _each_table(above, module, names["weight"]))
-            else:
-                self._instead(module, "forward", _each(module, names, self.size))
-
-    def _instead(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        module.__dict__[name] = function
-        self.undo.append(lambda: module.__dict__.pop(name))
+        trained: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
+        for own in delta.owned:
+            if own.value.requires_grad:
+                for module, name in own.places:
+                    trained.setdefault(id(module), (module, {}))[1][name] = self._leaf(own.value)
+        for module, name, function in forwards(self.model, {k: t for k, (_, t) in trained.items()}, self.size):
+            module.__dict__[name] = function
+            self.undo.append(lambda module=module, name=name: module.__dict__.pop(name))
 
 
 @contextmanager
@@ -141,16 +138,48 @@ def _size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
     return next(int(v.shape[0]) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0)
 
 
-def _each(module: nn.Module, leaves: Mapping[str, Tensor], size: int) -> Callable[..., Any]:
+def forwards(model: nn.Module, leaves: Mapping[int, Mapping[str, Tensor]],
+             size: int) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
+    """(module, name, function): what stands in for functions of these modules, given by id with expanded tensors.
+
+    A module inside another of them is run by that one.
+    """
+    paths = {path: m for path, m in model.named_modules() if id(m) in leaves} if leaves else {}
+    for path, module in paths.items():
+        if any(path.startswith(f"{other}.") for other in paths):
+            continue
+        above = model.get_submodule(path.rpartition(".")[0])
+        if path.endswith(BIAS) and hasattr(above, MAKER):
+            yield above, MAKER, _each_table(above, module, leaves[id(module)]["weight"])
+        else:
+            own = {f"{inner}.{name}".removeprefix("."): t for inner, m in module.named_modules() if id(m) in leaves
+                   for name, t in leaves[id(m)].items()}
+            yield module, "forward", each_example(module, own, size)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A copy without hooks and without a forward of its own, which shares all tensors."""
+    made = copy.copy(module)
+    made.__dict__ = {**module.__dict__, "_forward_hooks": {}, "_forward_pre_hooks": {},
+                     "_parameters": dict(module._parameters),
+                     "_modules": {n: m for n, m in module._modules.items() if n != CHILD}}
+    made.__dict__.pop("forward", None)
+    return made
+
+
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """The module's forward with these tensors in the place of its own, for all examples."""
+    bare = _bare(module)
+    return lambda *args, **kwargs: functional_call(bare, dict(tensors), args, kwargs)
+
+
+def each_example(module: nn.Module, leaves: Mapping[str, Tensor], size: int) -> Callable[..., Any]:
     """The module's forward with a copy of these tensors for each example.
 
     An input whose first axis is a multiple of the examples is cut along it; others are shared. Positions that
     stand for all examples, (1, T), are repeated if there is nothing else.
     """
-    bare = copy.copy(module)
-    bare.__dict__ = {**module.__dict__, "_forward_hooks": {}, "_forward_pre_hooks": {},
-                     "_parameters": dict(module._parameters),
-                     "_modules": {n: m for n, m in module._modules.items() if n != CHILD}}
+    bare = _bare(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         values, spec = tree_flatten((args, kwargs))

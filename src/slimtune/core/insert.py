@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.anatomy import Anatomy
-from slimtune.core.bound import Bound, cast
-from slimtune.core.sites import Site
-from slimtune.errors import MethodError
+from slimtune.core.slot import Slot
 
 CHILD = "slimtune"
 
@@ -25,7 +23,7 @@ class Plan:
     """What every insert of one model shares: the names of the active deltas, in order.
 
     weights: the share of each, when they are averaged and not stacked; examples: how many there are in the batch,
-    while parameters carry an example axis (see examples.py).
+    while gradients of each are taken (see examples.py); routes: what each thread has open (see route.py).
     `carry` holds what a side network or a prompt hands from one hook to the next, by thread.
     """
 
@@ -33,6 +31,7 @@ class Plan:
         self.active: tuple[str, ...] = ()
         self.weights: dict[str, float] = {}
         self.examples: int | None = None
+        self.routes: dict[int, Any] = {}
         self.carry: dict[tuple[int, str], Any] = {}
 
     def put(self, key: str, value: Any) -> None:
@@ -43,63 +42,6 @@ class Plan:
 
     def peek(self, key: str, default: Any = None) -> Any:
         return self.carry.get((thread(), key), default)
-
-
-class Slot(nn.Module):
-    """One method at one site: its parameters, and references to those it shares with other sites.
-
-    kind: which hook runs it: "output", "input", "kv", "prompt", "ladder", ...
-    label: its name of state, `<site>.<method>`; causal: its tower's (see Tower);
-    relative: the attention whose relative bias it reads (see positions.py).
-    """
-
-    method: Any
-    site: Site
-    kind: str
-    label: str
-    causal: bool
-    relative: tuple[nn.Module, ...]
-    plan: Plan | None
-    _shared: tuple[nn.Module, ...]
-
-    def __init__(self, method: Any, site: Site, kind: str, label: str, shared: nn.Module | None = None) -> None:
-        super().__init__()
-        # shared stands in a tuple, so that it is not registered twice; past Module.__setattr__, which costs
-        self.__dict__.update(method=method, site=site, kind=kind, label=label, causal=False, relative=(), plan=None,
-                             _shared=(shared,) if shared is not None else ())
-
-    def bind(self, like: Tensor, host: nn.Module | None = None) -> Bound:
-        """The slot's tensors in the computation's dtype; master weights may be wider."""
-        values: dict[str, Tensor] = {}
-        for module in (*self._shared, self):
-            values |= {k: cast(v, like.dtype) for k, v in module._parameters.items() if v is not None}
-            if self.plan is not None and self.plan.examples not in (None, like.shape[0]):
-                values |= {k: self._rows(values[k], like) for k, v in module._parameters.items()
-                           if v is not None and v.requires_grad}
-        return Bound(values, self.site, self.training, host)
-
-    def _rows(self, value: Tensor, like: Tensor) -> Tensor:
-        """An expanded tensor for a host whose rows are pieces of examples, such as windows of an image."""
-        assert self.plan is not None
-        examples, rows = self.plan.examples, like.shape[0]
-        if examples is None or rows % examples:
-            raise MethodError(f"{self.site.name} works on {rows} rows that all {examples} examples share, so nothing "
-                              "there has a value for each example.", "Leave this site out of the method's sites.")
-        return value.repeat_interleave(rows // examples, 0)
-
-    def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """y with this slot's method applied: on its slice, where the projection is fused."""
-        p = self.bind(y, host)
-        if isinstance(host, nn.Conv2d):  # patches: channels come first there
-            return cast(self.method.forward(p, x.movedim(1, -1), y.movedim(1, -1)), y.dtype).movedim(-1, 1)
-        if self.site.part is None:
-            return cast(self.method.forward(p, x, y), y.dtype)
-        start, stop = self.site.part
-        piece = y[..., start:stop]
-        new = cast(self.method.forward(p, x, piece), y.dtype)
-        if new is piece or new._base is y:  # added in place
-            return y
-        return torch.cat([y[..., :start], new, y[..., stop:]], -1)
 
 
 class Insert(nn.Module):
@@ -115,17 +57,31 @@ class Insert(nn.Module):
     def add(self, name: str, slot: Slot) -> None:
         group = self.groups.get(name, ())
         self.groups[name] = (*group, slot)
-        slot.__dict__["plan"] = self.plan
+        slot.__dict__["home"] = self
         self._modules[f"{name}:{len(group)}"] = slot
+
+    def rename(self, name: str, new: str) -> None:
+        for number, slot in enumerate(self.groups.get(name, ())):
+            del self._modules[f"{name}:{number}"]
+            self._modules[f"{new}:{number}"] = slot
+        if name in self.groups:
+            self.groups[new] = self.groups.pop(name)
 
     def drop(self, name: str) -> None:
         for number in range(len(self.groups.pop(name, ()))):
             del self._modules[f"{name}:{number}"]
 
-    def live(self, kind: str) -> list[Slot]:
-        """The slots of one kind that run now, in the order of the active deltas."""
+    def named(self, kind: str) -> list[tuple[str, Slot]]:
+        """The slots of one kind that run now, in the order of the active deltas, with the delta's name."""
+        if self.plan.routes and (own := self.plan.routes.get(thread())) is not None:
+            return own.at(self, kind)
         groups = self.groups
-        return [slot for name in self.plan.active if name in groups for slot in groups[name] if slot.kind == kind]
+        return [(name, slot) for name in self.plan.active if name in groups for slot in groups[name]
+                if slot.kind == kind]
+
+    def live(self, kind: str) -> list[Slot]:
+        """The slots of one kind that run now."""
+        return [slot for _, slot in self.named(kind)]
 
     def fed(self, slot: Slot, x: Tensor) -> Tensor:
         """What a slot reads: the input of its source, where that is not its host."""
@@ -151,6 +107,7 @@ class Root(Insert):
         self.places: list[tuple[str, nn.Module, str]] | None = None
         self.digests: tuple[Any, dict[str, str]] | None = None
         self.shared = nn.Module()
+        self.leaving: list[Any] = []
 
 
 def thread() -> int:
@@ -228,7 +185,7 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def _feed(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     insert: Insert = source._modules[CHILD]  # type: ignore[assignment]
     for sink, path in insert.feeds:
-        if any(name in sink.groups for name in insert.plan.active):
+        if insert.plan.routes or any(name in sink.groups for name in insert.plan.active):
             sink.stash[thread(), path] = first(args, kwargs)
 
 
@@ -256,7 +213,7 @@ def _input(host: nn.Module, args: tuple[Any, ...]) -> Any:
 def _through(insert: Insert, slots: list[Slot], host: nn.Module, x: Tensor | None, y: Tensor) -> Tensor:
     """y behind all slots: one after the other, or the weighted sum of what each delta alone would change."""
     weights = insert.plan.weights
-    if not weights:
+    if not weights or thread() in insert.plan.routes:
         return _stacked(insert, slots, host, x, y)
     total = y
     for name in dict.fromkeys(insert.plan.active):

@@ -53,8 +53,8 @@ def wide(value: Tensor) -> Tensor:
 def _fold_slot(slot: Slot, host: nn.Module, site: Site, weight: Tensor,
                bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if site.source is not None:
-        raise MethodError(f"{type(slot.method).__name__} at {site.name} cannot be merged: it reads the sub-layer's input "
-                          "and adds to its output, and between them is more than one linear map.",
+        raise MethodError(f"{type(slot.method).__name__} at {site.name} cannot be merged: between the sub-layer's "
+                          "input, which it reads, and its output is more than one linear map.",
                           "Keep it attached, or choose linear sites, such as attn.q or mlp.down.")
     view = weight.mT if site.transposed else weight
     rows = slice(*site.part) if site.part is not None else slice(None)

@@ -6,7 +6,7 @@ A tower runs under `no_grad` up to its end, and only our hooks inside it with th
 of the backbone is saved for backward, and gradient checkpointing, which has nothing to do there, stays off.
 In an encoder-decoder the side encoder's end is the memory of the side decoder.
 """
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
@@ -163,13 +163,6 @@ class Side(Method):
 # (tower) the caller's grad mode and the modules whose dropout is off.
 
 
-def _live(insert: Insert, kind: str) -> Iterator[tuple[str, Slot]]:
-    for name in insert.plan.active:
-        for slot in insert.groups.get(name, ()):
-            if slot.kind == kind:
-                yield name, slot
-
-
 def _enter(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     insert: Insert = tower._modules[CHILD]  # type: ignore[assignment]
     slots = insert.live("tower")
@@ -186,7 +179,7 @@ def _enter(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 def _leave(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Runs when the tower raised as well."""
     insert: Insert = tower._modules[CHILD]  # type: ignore[assignment]
-    for name, slot in _live(insert, "tower"):
+    for name, slot in insert.named("tower"):
         here = slot.site.tower
         grad, quiet = insert.plan.take(f"side/{here}", (None, ()))
         for module in quiet:
@@ -203,14 +196,14 @@ def _leave(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out:
 def _step(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     insert: Insert = block._modules[CHILD]  # type: ignore[assignment]
     plan = insert.plan
-    for name, slot in _live(insert, "start"):
+    for name, slot in insert.named("start"):
         x = first(args, kwargs).detach()
         _refuse_cache(named(block, args, kwargs), x.shape[1], type(slot.method).__name__)
         with _callers_mode(plan, slot.site.tower):
             p, side = slot.bind(x), slot.method
             x = drop(x, side.dropout if p.training and side.quiet else 0.0)  # else the backbone's own is on
             plan.put(f"side/{name}/{slot.site.tower}/state", linear(p, "weight", x))
-    for name, slot in _live(insert, "block"):
+    for name, slot in insert.named("block"):
         h = (out[0] if isinstance(out, tuple) else out).detach()
         key = f"side/{name}/{slot.site.tower}"
         with _callers_mode(plan, slot.site.tower):
@@ -226,7 +219,7 @@ def _step(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
 
 def _top(final: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     insert: Insert = final._modules[CHILD]  # type: ignore[assignment]
-    for name, slot in _live(insert, "top"):
+    for name, slot in insert.named("top"):
         y, tower = out[0] if isinstance(out, tuple) else out, slot.site.tower
         with _callers_mode(insert.plan, tower):
             s = insert.plan.take(f"side/{name}/{tower}/state")

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from slimtune.core import blocktokens, insert, pixels, positions, promptkeys, quiet, reentrant, side, tokens, windows
 from slimtune.core.insert import CHILD, Insert, Root
 from slimtune.core.keyvalues import unwrap
+from slimtune.core.unfreeze import base_parameters
 from slimtune.errors import DeltaError, MethodError, listing, suggest
 
 if TYPE_CHECKING:
@@ -28,6 +30,26 @@ def strip(root: Root, name: str, hosts: Sequence[nn.Module]) -> None:
     root.shared._modules.pop(name, None)
 
 
+def leave(model: nn.Module, name: str, hosts: Sequence[nn.Module], attention: bool) -> None:
+    """Take off what a detached delta left; when no thread has a route open, for those still need its hooks."""
+    root: Root = model._modules[CHILD]  # type: ignore[assignment]
+    if root.plan.routes:
+        old = f"{name}~{len(root.leaving)}"  # the name is free for another delta
+        for insert in {id(i): i for h in hosts if isinstance(i := h._modules.get(CHILD), Insert)}.values():
+            insert.rename(name, old)
+        if name in root.shared._modules:
+            root.shared._modules[old] = root.shared._modules.pop(name)
+        root.leaving.append(partial(leave, model, old, hosts, attention))
+        return
+    strip(root, name, hosts)
+    if not root.deltas:
+        for path, p in base_parameters(model).items():
+            p.requires_grad_(root.required.get(path, True))
+        model._modules.pop(CHILD, None)
+    if attention:
+        release(root, hosts)
+
+
 def release(root: Root, hosts: Iterable[nn.Module]) -> None:
     """Give the hosts' configs their own attention back, unless a delta still has keys and values there."""
     if not any(s.kind == "kv" for d in root.deltas.values() for _, s in d.slots):
@@ -41,6 +63,11 @@ def set_active(root: Root, names: tuple[str, ...], weights: Mapping[str, float] 
         for delta in root.deltas.values():
             if delta.merged:
                 raise DeltaError(f"delta '{delta.name}' is merged into the backbone.", "Call unmerge() on it first.")
+        for name in {*root.plan.active, *names} if root.plan.routes else ():  # answers in flight keep what they read
+            for own in root.deltas[name].owned:
+                for module, key in own.places:
+                    for route in list(root.plan.routes.values()):
+                        route.pin(root, module, {key: own.base})
         for name in root.plan.active:
             for own in root.deltas[name].owned:
                 own.swap(False)

@@ -1,0 +1,232 @@
+"""route against solo runs: each example of a mixed batch gets what its own delta gives it alone."""
+import random
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock, Thread
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import slimtune as st
+from slimtune.core import attach
+from slimtune.core.insert import CHILD
+from slimtune.core.route import route
+from slimtune.errors import DeltaError, MethodError
+from slimtune.methods import get, names
+from slimtune.testing import batch, output, small, tiny
+
+FAMILIES = ("bert", "gpt2", "t5", "llama", "vit")
+MIXED = ["a", "b", "a"]
+
+
+def moved(model, method, name: str, seed: int = 0):
+    delta = attach(model, method, name=name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in delta.parameters():
+            p.add_(torch.randn(p.shape, generator=generator).to(p.dtype) * 0.1)
+    return delta
+
+
+def inputs_of(family: str):
+    return {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+
+
+def solo(model, inputs, tasks):
+    """Every task's output on the whole batch, alone."""
+    found = {}
+    for task in dict.fromkeys(tasks):
+        st.activate(model, *([task] if task is not None else []))
+        with torch.no_grad():
+            found[task] = output(model, inputs)
+    return found
+
+
+def assert_routed(model, inputs, tasks) -> None:
+    alone = solo(model, inputs, tasks)
+    with torch.no_grad(), route(model, tasks):
+        mixed = output(model, inputs)
+    for row, task in enumerate(tasks):
+        torch.testing.assert_close(mixed[row], alone[task][row], rtol=1e-9, atol=1e-10)
+    assert any(not torch.equal(alone[t], alone[u]) for t in alone for u in alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", names())
+def test_every_method(name: str, family: str):
+    model, inputs = tiny(family).double().eval(), inputs_of(family)
+    try:
+        for seed, task in enumerate("ab"):
+            moved(model, small(get(name)), task, seed)
+    except st.SlimtuneError as refusal:
+        pytest.skip(str(refusal))
+    assert_routed(model, inputs, MIXED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_methods_and_the_plain_backbone_in_one_batch(family: str):
+    model, inputs = tiny(family).double().eval(), inputs_of(family)
+    moved(model, get("lora")(rank=2), "a", 1)
+    moved(model, [get("parallel_adapter")(bottleneck=3), get("ia3")()], "b", 2)
+    moved(model, get("lora")(rank=5, sites=("mlp.down",)), "c", 3)
+    assert_routed(model, inputs, ["b", None, "a"])
+    assert_routed(model, inputs, ["c", "a", "b"])
+
+
+def test_swin_repeats_a_task_for_each_window():
+    model, inputs = tiny("swin").double().eval(), inputs_of("swin")
+    moved(model, get("lora")(rank=2), "a", 1)
+    moved(model, get("houlsby")(bottleneck=3), "b", 2)
+    assert_routed(model, inputs, ["b", "a", None])
+
+
+def test_training_reaches_each_deltas_own_parameters():
+    model, inputs = tiny("bert").double().eval(), inputs_of("bert")
+    tasks = {t: moved(model, [get("lora")(rank=2), get("bitfit")()], t, s) for s, t in enumerate("ab")}
+    wanted = {}
+    for task, delta in tasks.items():
+        rows = [i for i, t in enumerate(MIXED) if t == task]
+        delta.activate()
+        part = {k: v[rows] for k, v in inputs.items()}
+        F.cross_entropy(model(**part).logits, part["labels"], reduction="sum").backward()
+        wanted |= {(task, n): p.grad for n, p in delta.named_parameters()}
+        for p in delta.parameters():
+            p.grad = None
+    with route(model, MIXED):
+        F.cross_entropy(model(**inputs).logits, inputs["labels"], reduction="sum").backward()
+    for (task, name), grad in wanted.items():
+        own = dict(tasks[task].named_parameters())[name].grad
+        torch.testing.assert_close(own, grad, rtol=1e-9, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_under_gradient_checkpointing(reentrant: bool):
+    model, inputs = tiny("gpt2").double(), inputs_of("gpt2")
+    deltas = [moved(model, get("lora")(rank=2), t, s) for s, t in enumerate("ab")]
+
+    def gradients():
+        with route(model, MIXED):
+            model(**inputs).logits.square().sum().backward()
+        grads = [p.grad for d in deltas for p in d.parameters()]
+        for d in deltas:
+            for p in d.parameters():
+                p.grad = None
+        return grads
+
+    plain = gradients()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for a, b in zip(gradients(), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix_tuning", "prompt_tuning"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate(method: str, beams: int):
+    """Prefill, decode and beams: each row as its delta generates it alone."""
+    model, ids = tiny("gpt2").eval(), batch("gpt2")["input_ids"]
+    for seed, task in enumerate("ab"):
+        moved(model, small(get(method)), task, seed)
+    settings = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+    alone = {}
+    for task in "ab":
+        st.activate(model, task)
+        alone[task] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    with route(model, MIXED):
+        mixed = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    for row, task in enumerate(MIXED):
+        width = min(mixed.shape[1], alone[task].shape[1])
+        assert torch.equal(mixed[row, :width], alone[task][row, :width])
+
+
+def traffic(requests: int, threads: int) -> None:
+    """Random mixed requests while other deltas come and go; every answer must be the one it is alone."""
+    model = tiny("bert").eval()
+    kinds = [get("lora")(rank=2), get("houlsby")(bottleneck=3, norms="none"), get("lora")(rank=2), get("ia3")()]
+    for seed, kind in enumerate(kinds):
+        moved(model, kind, f"t{seed}", seed)
+    tasks = [None, *(f"t{i}" for i in range(len(kinds)))]
+    inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
+    alone = solo(model, inputs, tasks)
+    st.activate(model)
+    stop, lock = [], Lock()
+
+    def churn() -> None:
+        number = 0
+        while not stop:
+            number += 1
+            with lock:
+                extra = moved(model, get("lora")(rank=2), f"x{number}", number)
+            st.activate(model)
+            with lock:
+                extra.detach()
+
+    def request(seed: int) -> bool:
+        chosen = random.Random(seed).choices(tasks, k=3)
+        with torch.no_grad():
+            with lock:
+                opened = route(model, chosen)
+                opened.__enter__()
+            try:
+                mixed = model(**inputs).logits
+            finally:
+                with lock:
+                    opened.__exit__(None, None, None)
+        return all(torch.allclose(mixed[i], alone[t][i], atol=1e-6) for i, t in enumerate(chosen))
+
+    worker = Thread(target=churn)
+    worker.start()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            wrong = [i for i, right in enumerate(pool.map(request, range(requests))) if not right]
+    finally:
+        stop.append(True)
+        worker.join()
+    assert not wrong, f"{len(wrong)} of {requests} answers differ, the first of seed {wrong[0]}"
+    assert not model._modules[CHILD].plan.routes
+    assert not model._modules[CHILD].leaving
+
+
+def test_traffic():
+    traffic(200, 4)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests():
+    traffic(10_000, 8)
+
+
+def test_a_detached_delta_answers_to_its_end():
+    model, inputs = tiny("bert").double().eval(), inputs_of("bert")
+    first = moved(model, get("lora")(rank=2), "a", 1)
+    alone = solo(model, inputs, ["a"])["a"]
+    st.activate(model)
+    with torch.no_grad(), route(model, ["a"] * 3):
+        first.detach()
+        moved(model, get("lora")(rank=2), "a", 2)          # another one of that name
+        assert torch.equal(output(model, inputs), alone) or torch.allclose(output(model, inputs), alone, atol=1e-12)
+    assert not torch.allclose(output(model, inputs), alone)
+    st.deltas(model)["a"].detach()
+    assert CHILD not in model._modules
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
+
+
+def test_refusals():
+    model, inputs = tiny("bert"), batch("bert")
+    with pytest.raises(DeltaError, match="no delta is attached"), route(model, ["a"]):
+        pass
+    moved(model, get("lora")(rank=2), "sst2")
+    moved(model, get("prefix_tuning")(length=2), "cola")
+    with pytest.raises(DeltaError, match="sst2"), route(model, ["sst", "sst2", "sst2"]):
+        pass
+    with pytest.raises(MethodError, match="PrefixTuning"), route(model, ["sst2", "cola", "sst2"]):
+        pass
+    with pytest.raises(DeltaError, match="2 tasks, and the batch 3"), route(model, ["sst2", "sst2"]):
+        model(**inputs)
+    with route(model, ["sst2"] * 3), pytest.raises(DeltaError, match="open on this model already"), \
+            route(model, ["sst2"] * 3):
+        pass
+    assert not model._modules[CHILD].plan.routes
