@@ -6,11 +6,12 @@ from torch import nn
 from slimtune.core.delta import Delta
 from slimtune.core.deltafile import MANIFEST
 from slimtune.core.load import load_delta
+from slimtune.io.adapterhub import is_adapterhub, load_adapterhub
 from slimtune.io.peft import is_peft, load_peft
 
 
 def load(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta:
-    """The delta saved in a folder, attached to the model and active: slimtune's own (delta.json), or PEFT's.
+    """The delta saved in a folder, attached to the model and active: slimtune's own, PEFT's or AdapterHub's.
 
     Errors: DeltaError for a folder that does not verify, another base, or tensors that do not fit; the
     model is left as it was.
@@ -24,6 +25,9 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta
         ...     load(tiny("bert"), home + "/sst2").count().adapter
         256
     """
-    if is_peft(folder) and not (Path(folder) / MANIFEST).exists():
-        return load_peft(model, folder, name)
+    if not (Path(folder) / MANIFEST).exists():
+        if is_adapterhub(folder):
+            return load_adapterhub(model, folder, name)
+        if is_peft(folder):
+            return load_peft(model, folder, name)
     return load_delta(model, folder, name)
