@@ -1,6 +1,8 @@
 """The frozen surface: verbs, arguments, options and exit codes that other programs hold on to."""
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ SURFACE = {
     "tune": ["recipe", "overrides", "--resume", "--quiet"],
     "eval": ["run", "overrides"],
     "predict": ["run", "source", "--text", "--pair"],
-    "methods": ["--model"],
+    "methods": ["--model", "--budget"],
     "inspect": ["model"],
     "check": ["recipe", "overrides", "--schema"],
     "convert": ["src", "dst", "--to", "--model"],
@@ -39,6 +41,10 @@ def test_the_surface_is_frozen():
     (["tune", "no-such.yaml"], "RecipeError: no-such.yaml: no such file."),
     (["eval", "no-such-run"], "RecipeError: no-such-run: no such folder."),
     (["inspect", "minlim"], "Did you mean 'minilm'?"), (["methods", "--model", "minlim"], "Did you mean 'minilm'?"),
+    *[(["methods", "--model", "minilm", "--budget", size], "such as 300_000, 50k or 1.5M.")
+      for size in ("abc", "0%", "-1", "")],
+    (["methods", "--budget", "50k"], "--budget needs a model to count on."),
+    (["methods", "--model", "minlim", "--budget", "50k"], "Did you mean 'minilm'?"),
     (["convert", "no-such", "x"], "DeltaError: no-such: no delta"),
     (["predict", "run"], "predict needs texts"), (["predict", "run", "f.csv", "--text", "x"], "predict needs texts"),
     (["predict", "run", "--text", "a", "--pair", "b", "--pair", "c"], "2 --pair for 1 --text"),
@@ -87,11 +93,11 @@ def test_help_and_version_are_light():
 
 
 def test_methods_lists_every_method_with_its_source(cli):
-    result = cli("methods")
-    lines = result.stdout.splitlines()
+    lines = cli("methods").stdout.splitlines()
     assert [line.split()[0] for line in lines[1:]] == names()
-    assert "2021" in next(line for line in lines if line.startswith("lora "))
-    assert "arXiv 2106.09685" in next(line for line in lines if line.startswith("lora "))
+    cells = re.split(r" {2,}", next(line for line in lines if line.startswith("lora ")))
+    assert cells[1:] == ["Hu et al., 2021, arXiv 2106.09685", "add", "a low-rank update of frozen linear maps",
+                         "r (d_in + d_out) a site"]
 
 
 def test_methods_counts_on_a_model(cli, shelf):
@@ -101,6 +107,44 @@ def test_methods_counts_on_a_model(cli, shelf):
     # 2 blocks, 2 sites, rank 8: 2 * 2 * 8 * (32 + 32); the head of two labels: 2 * 32 + 2
     assert rows["lora"][1:4] == ["2,048", "0", "66"]
     assert rows["linear_probe"][1] == "0"
+
+
+def test_methods_says_why_one_cannot_go(cli, shelf):
+    result = cli("methods", "--model", shelf / "t5")
+    row = next(line for line in result.stdout.splitlines() if line.startswith("bitfit "))
+    assert "BitFit trains biases, and t5 has none there." in row
+
+
+def test_methods_within_a_budget_can_be_copied_into_a_run(cli, shelf, recipe):
+    result = cli("methods", "--model", shelf / "bert", "--budget", "600")
+    rows = [re.split(r" {2,}", line) for line in result.stdout.splitlines()[2:]]
+    # 2 blocks, 2 sites, 64 a rank; tokens of 32; 5 norms of 2 * 32, beside which 4 adapters of 97 are too many
+    within = {row[0]: row[1] for row in rows if row[0].startswith("'method=")}
+    assert within["'method={name: lora, rank: 2}'"] == "512"
+    assert within["'method={name: prompt_tuning, length: 18}'"] == "576"
+    assert within["'method={name: norm_tuning}'"] == "320"
+    assert next(row for row in rows if row[0] == "houlsby")[-1] == "the least, at bottleneck: 1"
+    for setting, numbers in within.items():
+        checked = cli("check", recipe(), *shlex.split(setting))
+        assert checked.exit_code == 0, checked.output
+        told = {line.split()[0]: line.split()[-1] for line in checked.stdout.splitlines() if line.strip()}
+        total = sum(int(told[key].replace(",", "")) for key in ("adapter", "norms"))
+        assert total == int(numbers.replace(",", "")) <= 600
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+@pytest.mark.parametrize("size", [None, "100%"])
+def test_a_name_or_setting_is_whole_on_a_terminal(cli, shelf, monkeypatch, width: int, size: str | None):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for module in (console, sys.modules["slimtune.cli.methods"]):
+        monkeypatch.setattr(module, "is_terminal", lambda: True)
+    result = cli("methods", *(("--model", shelf / "bert", "--budget", size) if size else ()))
+    assert result.exit_code == 0
+    drawn = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    first = [cell for line in drawn if (cell := line.split("│")[1].strip())]
+    assert [re.sub(r"'method={name: (\w+)[^']*}'", r"\1", cell) for cell in first] == names()
+    assert max(map(len, result.stdout.splitlines())) <= width
+    assert ("Left out at this width" in result.stdout) == (width == 80)
 
 
 def test_inspect_shows_the_anatomy(cli, shelf):

@@ -1,7 +1,5 @@
-"""What there is: methods with their sources, their counts on a model, a model's anatomy, a delta's summary."""
-import re
-import sys
-from dataclasses import dataclass
+"""What there is: the methods' counts on a model, a model's anatomy, a delta's summary."""
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,42 +9,8 @@ from torch import nn
 from slimtune.core import Anatomy, Count, attach, dissect
 from slimtune.core.deltafile import read_delta
 from slimtune.errors import SlimtuneError, listing
-from slimtune.io.models import find_model, load_model
+from slimtune.io.models import Task, find_model, load_model
 from slimtune.methods import Method, registered
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method as the list shows it; year and paper are read from its module's `Source:`."""
-
-    name: str
-    year: str
-    primitive: str
-    trains: str
-    paper: str
-
-
-def catalogue() -> list[Entry]:
-    """Every registered method, also those of third parties.
-
-    Example:
-        >>> next(e.year for e in catalogue() if e.name == "lora")
-        '2021'
-    """
-    return [_entry(name, cls) for name, cls in registered().items()]
-
-
-def _entry(name: str, cls: type[Method]) -> Entry:
-    about = sys.modules[cls.__module__].__doc__ or ""
-    found = re.search(r"Source:\s*(.+?)(?:\n\s*\n|\Z)", about, re.DOTALL)
-    source = " ".join(found[1].split()) if found else ""
-    year = re.search(r"\b(19|20)\d\d\b(?=,)", source)
-    arxiv = re.search(r"arXiv \d{4}\.\d{4,5}", source)
-    author = re.split(r",? and | et al\.|,", source.replace("the baseline of every paper here; ", ""))[0]
-    paper = " ".join(part for part in (f"{author} et al." if " et al." in source else author,
-                                       arxiv[0] if arxiv else "") if part)
-    return Entry(name, year[0] if year else "", cls.primitive, (cls.__doc__ or "").strip().split("\n")[0].rstrip("."),
-                 paper)
 
 
 def counts(model: str) -> tuple[str, dict[str, Count | str]]:
@@ -55,24 +19,35 @@ def counts(model: str) -> tuple[str, dict[str, Count | str]]:
     Shapes only: no weights are read. Errors: SlimtuneError for an unknown model.
     """
     net = skeleton(model)
-    found: dict[str, Count | str] = {}
-    for name, cls in registered().items():
-        try:
-            delta = attach(net, cls())
-        except (SlimtuneError, NotImplementedError) as error:
-            found[name] = str(error).splitlines()[0]
-        else:
-            found[name] = delta.count()
-            delta.detach()
-    return f"{type(net).__name__} ({model})", found
+    anatomy = dissect(net)
+    found = {name: count_of(net, cls, anatomy) for name, cls in registered().items()}
+    return f"{type(net).__name__} ({model})", {
+        name: count if isinstance(count, Count) else reason(count) for name, count in found.items()}
+
+
+def count_of(net: nn.Module, cls: type[Method], anatomy: Anatomy, **values: Any) -> Count | Exception:
+    """The count of a method on a model's shapes, or why it cannot go there; the model is left as it was."""
+    try:
+        delta = attach(net, cls(**values), anatomy=anatomy)
+    except (SlimtuneError, NotImplementedError) as error:
+        return error
+    count = delta.count()
+    delta.detach()
+    return count
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, in place of a count."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def skeleton(model: str) -> nn.Module:
-    """A model's shapes, on the meta device: as a classifier of two labels where it can be one, else bare."""
-    try:
-        return load_model(model, "classification", num_labels=2, meta=True)
-    except SlimtuneError:
-        return bare(model)
+    """A model's shapes, on the meta device: as a classifier (of texts or images) of two labels, else bare."""
+    tasks: tuple[Task, ...] = ("classification", "image_classification")
+    for task in tasks:
+        with contextlib.suppress(SlimtuneError):
+            return load_model(model, task, num_labels=2, meta=True)
+    return bare(model)
 
 
 def bare(model: str) -> nn.Module:
