@@ -147,7 +147,7 @@ def test_the_line_is_told_and_other_faults_are_listed():
     text = BASE.replace("rank: 4", "ranks: 4").replace("learning_rate: 1e-3", "learning_rate: quick")
     assert refused(text).splitlines() == [
         "recipe: method.ranks: no such key for LoRA (line 4).",
-        "  It takes: rank alpha dropout rslora sites head norms blocks", "  Did you mean 'rank'?",
+        "  It takes: rank alpha dropout rslora sites head norms pooler blocks", "  Did you mean 'rank'?",
         "  Also wrong: train.learning_rate"]
 
 

@@ -34,6 +34,9 @@ def _lines() -> Report:
         place = f"step {event['step']}/{event['steps']}"
         if kind == "start" and event["step"]:
             print(f"{place}  resumed", flush=True)
+        elif kind == "fill" and now - last >= EVERY:
+            last = now
+            print(f"features  {event['step']}/{event['steps']}  {now - start:.0f} s", flush=True)
         elif kind == "evaluate" or (kind == "log" and now - last >= EVERY):
             last = last if kind == "evaluate" else now
             print(f"{place}  {numbers(event)}  {now - start:.0f} s", flush=True)
@@ -50,7 +53,8 @@ def _bar() -> Iterator[Report]:
         task = bar.add_task("loading", total=None, shown="")
 
         def report(event: dict[str, Any]) -> None:
-            bar.update(task, description="training", total=event["steps"], completed=event["step"])
+            what = "features" if event["event"] == "fill" else "training"
+            bar.update(task, description=what, total=event["steps"], completed=event["step"])
             if event["event"] == "start" and event["step"]:
                 bar.console.print(f"resumed at step {event['step']}", highlight=False)
             elif event["event"] == "log":
