@@ -71,6 +71,30 @@ def test_sublayer_sites_see_the_sublayers_input_and_output(name: str):
         assert torch.equal(seen[f"{site.name}.y"], inputs[key + last][1])
 
 
+@pytest.mark.parametrize(("name", "changes", "prefix"), [
+    ("vit", {}, 1), ("deit", {}, 2), ("beit", {}, 1), ("dinov2", {}, 1), ("dinov2_with_registers", {}, 3),
+    ("dinov2_with_registers", {"num_register_tokens": 5}, 6)])
+def test_the_patches_stand_behind_the_prefix_tokens(name: str, changes: dict, prefix: int):
+    """Another first patch changes, of what enters the first block, the token behind the prefix alone."""
+    model, pixels = tiny(name, **changes), batch(name)["pixel_values"]
+    tower = st.dissect(model).tower("vision")
+    assert tower.prefix_tokens == prefix
+    before = model.get_submodule(tower.entry)(pixels)
+    pixels[..., :4, :4] += 1
+    moved = (model.get_submodule(tower.entry)(pixels) != before).any(-1).all(0)
+    assert moved.nonzero().flatten().tolist() == [prefix]
+    convpass = st.methods.Convpass(bottleneck=2)
+    assert {site.prefix for site in convpass.where(st.dissect(model))} == {prefix}
+
+
+def test_roles_that_depend_on_the_config():
+    swiglu = st.dissect(tiny("dinov2_with_registers", use_swiglu_ffn=True))
+    assert {"mlp.up", "mlp.gate", "mlp.down"} <= set(swiglu.roles)
+    for pooled, path in ((True, "beit.pooler.layernorm"), (False, "beit.layernorm")):
+        anatomy = st.dissect(tiny("beit", use_mean_pooling=pooled))
+        assert [s.path for s in anatomy.sites if s.role == "norm.final"] == [path]
+
+
 def test_patterns_select_by_role_kind_tower_and_block():
     anatomy = st.dissect(tiny("t5"))
     assert len(anatomy.select(("attn.q",))) == 6

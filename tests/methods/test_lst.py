@@ -138,15 +138,16 @@ def test_equation(family: str, gate: bool):
 
 
 GATED = ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False})
-SAME = [(n, {}) for n in NAMES if n not in ("mpnet", "deberta-v2", "dinov2", "swin")]
+SAME = [(n, {}) for n in NAMES
+        if n not in ("mpnet", "deberta-v2", "beit", "dinov2", "dinov2_with_registers", "swin")]
 
 
 @pytest.mark.parametrize(("family", "changes"), [*SAME, GATED])
 def test_cut_at_r_1_the_side_blocks_are_the_backbones(family: str, changes, monkeypatch):
     """With the gates shut, a side network of full width repeats the backbone's hidden states.
 
-    Rotary positions are left out of it, so that Llama's are all 0 here; MPNet, DeBERTa and DINOv2 have more than
-    roles say.
+    Rotary positions are left out of it, so that Llama's are all 0 here; MPNet, DeBERTa, BEiT and DINOv2 have more
+    than roles say.
     """
     model, inputs = tiny(family, **changes), batch(family)
     if family in ("llama", "qwen2", "mistral"):

@@ -9,7 +9,7 @@ method file serves every family.
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from slimtune.core.families import FAMILIES, PRETRAINED_HEADS, TASK_HEADS, TowerSpec
-from slimtune.core.guess import guess
+from slimtune.core.guess import guess, timm_tower
 from slimtune.core.sites import Site, join, lookup, tower_sites
 from slimtune.errors import AnatomyError, SiteError, listing, suggest
 
@@ -37,6 +37,8 @@ class Tower:
     causal: bool
     prefix_tokens: int
     grid: bool
+    biases: tuple[str, ...]
+    pools: bool
 
 
 @dataclass(frozen=True)
@@ -122,16 +124,18 @@ def dissect(model: nn.Module, towers: Sequence[TowerSpec] | None = None) -> Anat
     model_type = str(getattr(config, "model_type", type(model).__name__))
     base = _base_path(model, root)
     specs = tuple(towers) if towers is not None else FAMILIES.get(model_type)
-    guessed = specs is None
     base_module = model.get_submodule(base)
+    if specs is None and (known := timm_tower(base_module)) is not None:
+        model_type, specs = f"timm {type(base_module).__name__}", (known,)
+    guessed = specs is None
     specs = specs if specs is not None else guess(base_module)
-    built = [_tower(base_module, base, spec) for spec in specs if _has(base_module, spec)]
+    built = [_tower(base_module, base, spec, config) for spec in specs if _has(base_module, spec)]
     if not built:
         raise AnatomyError(f"{type(model).__name__} ({model_type}): none of its family's towers was found.",
                            f"Looked for: {listing(f'{base}.{s.path}.{s.blocks}' for s in specs)}",
                            "Pass anatomy=slimtune.dissect(model, towers=[TowerSpec(...)]) to say where its blocks are.")
     anatomy = Anatomy(model_type, base, tuple(t for t, _ in built), tuple(s for _, sites in built for s in sites),
-                      _heads(model, base), guessed)
+                      _heads(model, base, {name for spec in specs for name in spec.heads}), guessed)
     if guessed:
         warnings.warn(f"slimtune does not know '{model_type}'; its roles were guessed:\n{anatomy}", stacklevel=2)
     return anatomy
@@ -159,28 +163,45 @@ def _has(base: nn.Module, spec: TowerSpec) -> bool:
     return True
 
 
-def _heads(model: nn.Module, base: str) -> tuple[str, ...]:
-    if not base:  # the model is its own base: what follows its towers is pretrained
-        return tuple(n for n, _ in model.named_children() if n in TASK_HEADS)
+def _heads(model: nn.Module, base: str, inside: set[str]) -> tuple[str, ...]:
+    """Modules beside the base model that are not pretrained with it, and those `inside` it, by name."""
+    own = [(join(base, n), m) for n, m in model.get_submodule(base).named_children()
+           if n in inside or (not base and n in TASK_HEADS)]
     parent = base.rpartition(".")[0]
-    outside = [(join(parent, n), m) for n, m in model.get_submodule(parent).named_children()]
-    return tuple(p for p, m in outside if p != base and p.rpartition(".")[2] not in PRETRAINED_HEADS | {"slimtune"}
-                 and any(True for _ in m.parameters()))
+    # a model that is its own base has nothing beside it: what else follows its towers is pretrained
+    beside = [(join(parent, n), m) for n, m in model.get_submodule(parent).named_children()] if base else []
+    return tuple(p for p, m in (*own, *beside) if p != base and any(True for _ in m.parameters())
+                 and p.rpartition(".")[2] not in PRETRAINED_HEADS | {"slimtune"})
 
 
-def _tower(base: nn.Module, base_path: str, spec: TowerSpec) -> tuple[Tower, list[Site]]:
+def _tower(base: nn.Module, base_path: str, spec: TowerSpec, config: Any) -> tuple[Tower, list[Site]]:
     module = base.get_submodule(spec.path)
     at = join(base_path, spec.path)
+    spec = _there(module, spec, config)
     paths = _block_paths(module, spec.blocks)
     entry = next((p for p in (spec.entry or "").split("|") if p and lookup(module, p) is not None), None)
     final = join(at, spec.final) if spec.final and lookup(module, spec.final) is not None else join(at, paths[-1])
     sites = tower_sites(module, at, spec, paths)
-    width = next(s.d_in for s in reversed(sites) if s.role == "attn.q")
+    width = next((s.d_in for s in reversed(sites) if s.role == "attn.q"), sites[-1].d_out)
     tower = Tower(spec.tower, at, tuple(join(at, p) for p in paths), width, join(at, spec.embed),
-                  join(at, entry) if entry else None, final, spec.post_norm, spec.causal, spec.prefix_tokens, spec.grid)
+                  join(at, entry) if entry else None, final, spec.post_norm, spec.causal, spec.prefix_tokens, spec.grid,
+                  tuple(join(at, p) for p in _paths(module, *(spec.biases or "").split("|"))), spec.pools)
     return tower, sites
 
 
+def _there(module: nn.Module, spec: TowerSpec, config: Any) -> TowerSpec:
+    """The spec with what this model says: its registers, and which of a role's alternatives it has."""
+    registers = int(getattr(config, spec.registers)) if spec.registers else 0
+    roles = {role: next((p for p in paths.split("|") if hasattr(lookup(module, p), "weight")), paths)
+             for role, paths in spec.tower_roles.items()}
+    return replace(spec, prefix_tokens=spec.prefix_tokens + registers, tower_roles=roles)
+
+
 def _block_paths(module: nn.Module, pattern: str) -> list[str]:
-    regex = re.compile(re.escape(pattern).replace(r"\*", r"\d+") + r"\.\d+$")
-    return [path for path, _ in module.named_modules() if regex.match(path)]
+    return _paths(module, pattern + ".*")
+
+
+def _paths(module: nn.Module, *patterns: str) -> list[str]:
+    """The submodules whose paths match a pattern, in their order; `*` is any index."""
+    regex = re.compile("|".join(re.escape(p).replace(r"\*", r"\d+") for p in patterns))
+    return [path for path, _ in module.named_modules() if path and regex.fullmatch(path)]

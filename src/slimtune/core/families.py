@@ -2,7 +2,7 @@
 
 A path is relative: a tower's to the base model, a block's roles to the block, the tower's own roles
 to the tower. `a|b` tries a, then b; `path[i/n]` is the i-th of n equal slices of a fused projection;
-`*` in `blocks` is any index (stages of a hierarchical model). A role whose path a model does not
+`*` in `blocks` and `biases` is any index (stages of a hierarchical model). A role whose path a model does not
 have is left out (T5's gate exists in v1.1 only).
 """
 from dataclasses import dataclass, field
@@ -18,7 +18,11 @@ class TowerSpec:
     roles: role -> path from a block; tower_roles: role -> path from the tower;
     post_norm: the norms follow the residual sum, as in BERT; causal: as in GPT-2;
     prefix_tokens: tokens before the patches (class, distillation, registers) in a vision tower;
-    grid: the token grid changes between stages, as in Swin.
+    registers: the config's number of registers, which come behind those of `prefix_tokens`;
+    grid: the token grid changes between stages, as in Swin;
+    biases: modules whose output is added to the attention's scores, a row and a column for each token, as BEiT's;
+    pools: a task head reads the first token behind `final`, and nothing else;
+    heads: names of task heads inside the base model.
     """
 
     tower: str
@@ -32,7 +36,11 @@ class TowerSpec:
     post_norm: bool = False
     causal: bool = False
     prefix_tokens: int = 0
+    registers: str | None = None
     grid: bool = False
+    biases: str | None = None
+    pools: bool = False
+    heads: tuple[str, ...] = ()
 
 
 def attention(prefix: str, q: str, k: str, v: str, o: str, cross: bool = False) -> dict[str, str]:
@@ -91,10 +99,12 @@ def _bart(tower: str, root: str = "", post_norm: bool = True) -> TowerSpec:
 def _vit(blocks: str = "layers", norms: tuple[str, str] = ("layernorm_before", "layernorm_after"),
          prefix_tokens: int = 1, final: str | None = "layernorm", **more) -> TowerSpec:
     roles = {**attention("attention", "q_proj", "k_proj", "v_proj", "o_proj"),
-             "mlp.up": "mlp.fc1|mlp.weights_in", "mlp.down": "mlp.fc2|mlp.weights_out",
+             "mlp.up": "mlp.fc1|mlp.up_proj|mlp.weights_in", "mlp.gate": "mlp.gate_proj",
+             "mlp.down": "mlp.fc2|mlp.down_proj|mlp.weights_out",
              "norm.attn": norms[0], "norm.mlp": norms[1]}
     return TowerSpec("vision", "", blocks, "embeddings.patch_embeddings.projection", roles, entry="embeddings",
-                     final=final, tower_roles={"norm.final": "layernorm"}, prefix_tokens=prefix_tokens, **more)
+                     final=final, tower_roles={"norm.final": "layernorm|pooler.layernorm"},
+                     prefix_tokens=prefix_tokens, **more)
 
 
 def _clip(tower: str, path: str) -> TowerSpec:
@@ -121,6 +131,13 @@ _DISTILBERT = TowerSpec(
      "mlp": "ffn.dropout", "norm.attn": "sa_layer_norm", "norm.mlp": "output_layer_norm"},
     entry="embeddings", tower_roles={"norm.embed": "embeddings.LayerNorm"}, post_norm=True)
 
+_CONVNEXT = TowerSpec(  # its MLPs are linear maps with the channels last
+    "vision", "", "encoder.stages.*.layers", "embeddings.patch_embeddings",
+    {"mlp.up": "pwconv1", "mlp.down": "pwconv2", "norm.mlp": "layernorm"}, entry="embeddings", final="layernorm",
+    tower_roles={"norm.final": "layernorm"}, grid=True)
+_RESNET = TowerSpec("vision", "", "encoder.stages.*.layers", "embedder.embedder.convolution", {}, entry="embedder",
+                    grid=True)
+
 _MPNET = _bert("q", "k", "v", "attention.attn", "attention.attn.o", "attention.LayerNorm", "attention.dropout")
 _DEBERTA = _bert("query_proj", "key_proj", "value_proj")
 
@@ -136,14 +153,27 @@ FAMILIES: dict[str, tuple[TowerSpec, ...]] = {
     "bart": (_bart("encoder"), _bart("decoder")),
     "mbart": (_bart("encoder", post_norm=False), _bart("decoder", post_norm=False)),
     "whisper": (_bart("encoder", post_norm=False), _bart("decoder", post_norm=False)),
-    "vit": (_vit(),),
-    "deit": (_vit(prefix_tokens=2),),
+    "vit": (_vit(pools=True),),
+    "deit": (_vit(prefix_tokens=2, pools=True),),
+    "beit": (_vit(biases="shared_position_bias|layers.*.relative_position_bias"),),
     "dinov2": (_vit("encoder.layer", ("norm1", "norm2")),),
+    "dinov2_with_registers": (_vit("encoder.layer", ("norm1", "norm2"), registers="num_register_tokens"),),
     "swin": (_vit("encoder.layers.*.blocks", prefix_tokens=0, grid=True),),
+    **dict.fromkeys(("convnext", "convnextv2"), (_CONVNEXT,)),
+    "resnet": (_RESNET,),
     "clip": (_clip("text", "text_model"), _clip("vision", "vision_model")),
     "clip_text_model": (_clip("text", ""),),
     "clip_vision_model": (_clip("vision", ""),),
 }
+
+TIMM = TowerSpec(
+    "vision", "", "blocks", "patch_embed.proj",
+    {"attn.q": "attn.qkv[0/3]", "attn.k": "attn.qkv[1/3]", "attn.v": "attn.qkv[2/3]", "attn.o": "attn.proj",
+     "attn": "attn.proj_drop|attn.proj", "mlp.up": "mlp.fc1|mlp.fc1_x", "mlp.gate": "mlp.fc1_g",
+     "mlp.down": "mlp.fc2", "mlp": "mlp.drop2|mlp.fc2", "norm.attn": "norm1", "norm.mlp": "norm2"},
+    entry="norm_pre|pos_drop", final="norm", tower_roles={"norm.embed": "norm_pre", "norm.final": "norm|fc_norm"},
+    heads=("head", "head_dist"))
+"""A ViT of timm, which has no model_type: see `guess.timm_tower`."""
 
 PRETRAINED_HEADS = frozenset({
     "lm_head", "cls", "proj_out", "generator_predictions", "generator_lm_head", "discriminator_predictions",

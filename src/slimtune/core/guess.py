@@ -1,9 +1,13 @@
-"""A guess at the roles of a model that no table knows: by names and shapes, shown, never silent."""
+"""The roles of a model that has no model_type of transformers: timm's ViTs, which are known by what they have.
+
+For any other model, a guess by names and shapes, shown, never silent.
+"""
 import re
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from slimtune.core.families import TowerSpec
+from slimtune.core.families import TIMM, TowerSpec
 from slimtune.errors import AnatomyError, listing
 
 _NAMES = {
@@ -15,6 +19,24 @@ _NAMES = {
     "mlp.up": r"(up_proj|fc1|wi|wi_1|lin1|c_fc|w3|intermediate\.dense|dense_h_to_4h)$",
     "mlp.down": r"(down_proj|fc2|wo|lin2|w2|output\.dense|dense_4h_to_h)$",
 }
+
+
+def timm_tower(base: nn.Module) -> TowerSpec | None:
+    """The tower of a ViT of timm: `blocks` whose `attn.qkv` is one projection, and `num_prefix_tokens`; else None.
+
+    Errors: AnatomyError where the projection is not run as a module, so that no hook would see it.
+    """
+    blocks, prefix = getattr(base, "blocks", None), getattr(base, "num_prefix_tokens", None)
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks) or not isinstance(prefix, int):
+        return None
+    attention = getattr(next(blocks.children()), "attn", None)
+    if not isinstance(getattr(attention, "qkv", None), nn.Linear):
+        return None
+    if any(getattr(attention, name, None) is not None for name in ("q_bias", "v_bias")):
+        raise AnatomyError(f"{type(base).__name__} keeps the biases of its fused query, key and value projection apart "
+                           "and runs it past its module, where nothing can be added.",
+                           "Use the same model of transformers, for example BeitModel.")
+    return replace(TIMM, prefix_tokens=prefix)
 
 
 def guess(base: nn.Module) -> tuple[TowerSpec, ...]:

@@ -68,14 +68,15 @@ class KeysValues(Method):
         for site in self.where(build.anatomy):
             assert site.attention is not None
             module = build.module(site.attention)
-            _check(self, module, site)
+            check_wraps(self, module, site)
             slots.append(build.slot(self, replace(site, path=site.attention), "kv", self.params(site)))
             wrap(module)
         if self.positions == "before":
             stand_before(self, build, slots)
 
 
-def _check(method: Method, module: nn.Module, site: Site) -> None:
+def check_wraps(method: Method, module: nn.Module, site: Site) -> None:
+    """Errors: MethodError for an attention module that `wrap` cannot take."""
     name = type(method).__name__
     modeling = sys.modules[type(module).__module__]
     if not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
@@ -122,8 +123,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     """
     insert: Insert | None = module._modules.get(CHILD)  # type: ignore[assignment]
     beside = []
-    for slot in insert.live("kv") if insert is not None else ():
-        extra = slot.method.keys_values(slot.bind(key))
+    for number, slot in enumerate(insert.live("kv") if insert is not None else ()):
+        # a visual prompt's were made by a hook in front of the attention (see promptkeys.py)
+        made = insert.plan.take(f"pair/{number}")  # type: ignore[union-attr]
+        extra = slot.method.keys_values(slot.bind(key)) if made is None else made
         k, v = (_heads(t, slot.site, key) for t in extra)
         if slot.method.composition != "concat":
             beside.append((slot.method.composition, k, v, key, attention_mask, kwargs.get("position_bias")))
@@ -173,7 +176,7 @@ def _original(module: nn.Module) -> Any:
 def _heads(t: Tensor, site: Site, key: Tensor) -> Tensor:
     """(..., l, heads * c) -> (B, heads, l, c). Windows of one image repeat its keys."""
     t = t.unflatten(-1, (site.heads, site.head_dim)).transpose(-3, -2).to(key.dtype)
-    if t.dim() == 3:
+    if t.dim() == 3 or t.shape[0] in (1, key.shape[0]):
         return t.expand(key.shape[0], -1, -1, -1)
     return t.repeat_interleave(key.shape[0] // t.shape[0], 0)
 

@@ -22,12 +22,14 @@ def open_checkpoints(model: nn.Module, anatomy: Anatomy, plan: Plan, delta: "Del
 
     A side network needs no gradient through the backbone, and gets none.
     """
-    if not any(slot.kind in ("output", "input", "kv") for _, slot in delta.slots) and not any(
+    if not any(slot.kind in ("output", "input", "kv", "added") for _, slot in delta.slots) and not any(
             own.group != "head" for own in delta.owned):
         return
     for tower in anatomy.towers:
         path = tower.blocks[0]
-        site = next(s for s in anatomy.sites if s.path == path and s.role == "block")
+        site = next((s for s in anatomy.sites if s.path == path and s.role == "block"), None)
+        if site is None:  # convolutions alone, which transformers does not checkpoint
+            continue
         slot = Slot(_Opens(), site, "checkpoint", f"{site.name}.checkpoint")
         block = model.get_submodule(_outermost(model, path))
         insert_at(block, plan).add(delta.name, slot)

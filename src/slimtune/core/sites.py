@@ -80,8 +80,9 @@ def _block_sites(block: nn.Module, at: str, index: int, spec: TowerSpec) -> list
         sites.append(Site(spec.tower, index, "mlp.act", down_path, down[0], down[0], at="input", transposed=down[2]))
         out = join(at, own["mlp"][0]) if "mlp" in own else down_path
         sites.append(Site(spec.tower, index, "mlp", out, up[0], down[1], source=join(at, own["mlp.up"][0])))
-    width = next(s.d_in for s in sites if s.role == "attn.q")
-    sites.append(Site(spec.tower, index, "block", at, width, width))
+    width = next((s.d_in for s in sites if s.role in ("attn.q", "mlp.up")), None)
+    if width is not None:  # a block of convolutions alone has no width of tokens
+        sites.append(Site(spec.tower, index, "block", at, width, width))
     return sites + [_plain(block, at, index, spec, role, own[role]) for role in own if role.startswith("norm.")]
 
 

@@ -14,7 +14,7 @@ class Slot(nn.Module):
 
     kind: which hook runs it: "output", "input", "kv", "prompt", "ladder", ...
     label: its name of state, `<site>.<method>`; causal: its tower's (see Tower);
-    relative: the attention whose relative bias it reads (see positions.py).
+    relative: modules of the backbone that it runs beside its host (see positions.py and promptkeys.py).
     rows: examples for which its tensors carry a value each; index: which of `all` examples these are, where not all;
     home: its insert.
     """

@@ -18,6 +18,8 @@ from slimtune.core.init import Params
 from slimtune.core.insert import CHILD, Insert, hook_with, named
 from slimtune.core.method import Builder, Method
 from slimtune.core.sites import Site
+from slimtune.core.tokenbias import HOOKS as BIAS_HOOKS
+from slimtune.core.tokenbias import widen_biases
 from slimtune.errors import MethodError, SiteError, listing
 
 
@@ -52,9 +54,9 @@ class Prompt(Method):
         towers = {t.name for t in build.anatomy.towers}
         for tower in self.where(build.anatomy):
             if tower.grid:
-                raise MethodError(f"{type(self).__name__} cannot go on {build.anatomy.model_type}: its attention works "
-                                  "on windows of a token grid, which has no place for tokens of the whole image.",
-                                  "Use a method that adds to a module's output.")
+                raise MethodError(f"{type(self).__name__} cannot go on {build.anatomy.model_type}: its blocks see a "
+                                  "grid of tokens or pixels, which has no place for tokens of the whole image.",
+                                  "Use VPT, whose prompt every window sees, or a method that adds to outputs.")
             self._enter(build, tower)
             if {"encoder", "decoder"} <= towers and tower.name == "encoder":
                 self._mark(build, build.anatomy.tower("decoder"), build.anatomy.tower("decoder").path, "memory")
@@ -75,6 +77,7 @@ class Prompt(Method):
                     part=(tower.prefix_tokens, tower.prefix_tokens))
         build.slot(self, site, "prompt", self.params(site))
         hook_with(build.module(str(tower.entry)), _extend_embedded)
+        widen_biases(build, self, tower)
         self._mark(build, tower, tower.path, "mask")
 
     def _mark(self, build: Builder, tower: Tower, path: str, kind: str) -> None:
@@ -191,4 +194,4 @@ def _strip(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
 
-HOOKS = (_extend_text, _extend_embedded, _widen_mask, _widen_memory, _strip)
+HOOKS = (_extend_text, _extend_embedded, _widen_mask, _widen_memory, _strip, *BIAS_HOOKS)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from slimtune.methods.full import Full
     from slimtune.methods.houlsby import Houlsby
     from slimtune.methods.ia3 import IA3
+    from slimtune.methods.intrinsic_dimension import IntrinsicDimension
     from slimtune.methods.kadaptation import KAdaptation
     from slimtune.methods.linear_probe import LinearProbe
     from slimtune.methods.loha import LoHa
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from slimtune.methods.side_tuning import SideTuning
     from slimtune.methods.ssf import SSF
     from slimtune.methods.tarp import TARP
+    from slimtune.methods.vpt import VPT
 else:
     def __getattr__(name: str) -> Any:
         for cls in registered().values():
@@ -87,6 +89,7 @@ __all__ = [
     "MAM",
     "SSF",
     "TARP",
+    "VPT",
     "AdaptFormer",
     "AdapterBias",
     "AdapterDrop",
@@ -101,6 +104,7 @@ __all__ = [
     "FacT",
     "Full",
     "Houlsby",
+    "IntrinsicDimension",
     "KAdaptation",
     "LinearProbe",
     "LoHa",

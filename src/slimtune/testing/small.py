@@ -3,7 +3,7 @@ from typing import Any
 
 from slimtune.core.method import Method, key_of
 
-SIZES: dict[str, Any] = {"rank": 2, "bottleneck": 4, "length": 3, "reduction": 4}
+SIZES: dict[str, Any] = {"rank": 2, "bottleneck": 4, "length": 3, "reduction": 4, "dimension": 50}
 """Values of the fields that many methods share."""
 
 OWN: dict[str, dict[str, Any]] = {"phm_adapter": {"division": 2, "rank": None}, "adapter_drop": {"drop": 1},

@@ -10,6 +10,7 @@ _TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
          "max_position_embeddings": 64}
 _IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
           "image_size": 16, "patch_size": 4}
+_DINO = {k: v for k, v in _IMAGE.items() if k != "intermediate_size"} | {"mlp_ratio": 2}
 _SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": 99,
        "decoder_start_token_id": 0}
@@ -38,8 +39,11 @@ _TABLE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("BartForConditionalGeneration", "BartConfig", _BART),
     "vit": ("ViTForImageClassification", "ViTConfig", _IMAGE),
     "deit": ("DeiTForImageClassification", "DeiTConfig", _IMAGE),
-    "dinov2": ("Dinov2ForImageClassification", "Dinov2Config",
-               {k: v for k, v in _IMAGE.items() if k != "intermediate_size"} | {"mlp_ratio": 2}),
+    "beit": ("BeitForImageClassification", "BeitConfig",
+             {**_IMAGE, "use_relative_position_bias": True}),
+    "dinov2": ("Dinov2ForImageClassification", "Dinov2Config", _DINO),
+    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig",
+                              {**_DINO, "num_register_tokens": 2}),
     "swin": ("SwinForImageClassification", "SwinConfig", {"image_size": 16, "patch_size": 2, "embed_dim": 16,
                                                           "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}),
     "clip": ("CLIPModel", "CLIPConfig", {"projection_dim": 16}),
@@ -73,8 +77,8 @@ def tiny(name: str, seed: int = 0, dropout: bool = False, **changes: Any) -> nn.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = getattr(transformers, model_class)(config)
-        for p in model.parameters():  # biases and norms away from 0 and 1, so that a mistake shows
-            if p.dim() == 1:
+        for p in model.parameters():  # biases, norms and tables away from 0 and 1, so that a mistake shows
+            if p.dim() == 1 or not p.any():
                 with torch.no_grad():
                     p.add_(torch.randn_like(p) * 0.02)
     return model.eval()
@@ -115,7 +119,7 @@ def kind(name: str) -> str:
     """What a tiny model does: "classify", "lm", "image" or "clip"."""
     if name == "clip":
         return "clip"
-    if name in ("vit", "deit", "dinov2", "swin"):
+    if name in ("vit", "deit", "beit", "dinov2", "dinov2_with_registers", "swin"):
         return "image"
     return "lm" if name in ("gpt2", "llama", "qwen2", "mistral", "t5", "bart") else "classify"
 
