@@ -13,6 +13,7 @@ from slimtune.cli.eval import evaluate
 from slimtune.cli.inspect import inspect
 from slimtune.cli.methods import methods
 from slimtune.cli.predict import predict
+from slimtune.cli.search import app as search
 from slimtune.cli.tune import tune
 
 app = typer.Typer(name="slimtune", add_completion=False, no_args_is_help=True, rich_markup_mode=None,
@@ -22,6 +23,7 @@ app = typer.Typer(name="slimtune", add_completion=False, no_args_is_help=True, r
 for _name, _verb in (("tune", tune), ("eval", evaluate), ("predict", predict), ("methods", methods),
                      ("inspect", inspect), ("check", check), ("convert", convert)):
     app.command(_name)(_verb)
+app.add_typer(search, name="search")
 
 
 def _version(wanted: bool) -> None:

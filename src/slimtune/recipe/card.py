@@ -2,6 +2,7 @@
 from typing import Any
 
 from slimtune.data.metrics import METRICS
+from slimtune.recipe.promise import promise
 from slimtune.recipe.tree import Recipe
 
 _NAMES = {"adapter": "added by the method", "norms": "norms of the backbone, trained beside it",
@@ -20,6 +21,8 @@ def card(recipe: Recipe, result: dict[str, Any], env: dict[str, Any]) -> str:
         lines += [f"## Scores on {split} ({examples:,} examples)", "", "| metric | value | unit |", "|---|---:|---|"]
         lines += [f"| {name} | {value:.4f} | {unit(name)} |" for name, value in scores.items()]
         lines.append("")
+    if result.get("privacy"):
+        lines += promise(result["privacy"])
     lines += ["## Load it", "", "```python", *_loading(recipe, result), "```", "", "## Know", ""]
     lines += [f"- {note}" for note in notes(recipe, result, env)]
     return "\n".join(lines) + "\n"
@@ -42,7 +45,7 @@ def _what(recipe: Recipe, result: dict[str, Any]) -> str:
     methods = " + ".join(type(m).__name__ for m in recipe.method)
     labels = f" with the labels {', '.join(result['labels'])}" if 0 < len(result["labels"]) <= 12 else (
         f" with {len(result['labels'])} labels" if result["labels"] else "")
-    source = recipe.data.dataset or recipe.data.train
+    source = recipe.data.dataset or recipe.data.train or recipe.data.path
     return (f"A delta of slimtune: {methods} on `{recipe.model}`, for {recipe.data.task}{labels}, "
             f"trained on `{source}` ({result['examples']['train']:,} examples, {result['steps']:,} steps, seed "
             f"{recipe.seed}). Every setting is in `recipe.yaml`.")
@@ -55,7 +58,8 @@ def _loading(recipe: Recipe, result: dict[str, Any]) -> list[str]:
     return ["import slimtune", "from slimtune.io.models import load_model", "",
             f"model = load_model({recipe.model!r}, {recipe.data.task!r}{labels}, seed={recipe.seed})",
             f"slimtune.load(model, {str(recipe.folder / 'delta')!r})",
-            f"# or: slimtune predict {recipe.folder} --text \"...\""]
+            f"# or: slimtune predict {recipe.folder} " + (
+                "--image photo.jpg" if recipe.data.task == "image_classification" else '--text "..."')]
 
 
 def notes(recipe: Recipe, result: dict[str, Any], env: dict[str, Any]) -> list[str]:
@@ -70,8 +74,23 @@ def notes(recipe: Recipe, result: dict[str, Any], env: dict[str, Any]) -> list[s
         if cut:
             told.append(f"{cut:,} of {result['examples'][split]:,} texts of {split} were longer than "
                         f"{recipe.data.max_length} tokens and lost their end.")
+    told += _of_images(recipe, result.get("images"))
     if recipe.data.limit:
         told.append(f"Trained on at most {recipe.data.limit:,} examples of the training data.")
     told.append(f"Training took {result['seconds']['train']:.1f} s and {result['peak_memory']:.0f} MiB at its peak, on "
                 f"{env['cpu']} with {env['threads']} threads" + (f" and {env['gpu']}" if env["gpu"] else "") + ".")
+    return told
+
+
+def _of_images(recipe: Recipe, images: dict[str, Any] | None) -> list[str]:
+    if images is None:
+        return []
+    side = images["size"]
+    told = [f"Images are {side} x {side}, resized by {images['resize']}, normalised by {images['normalize']}; "
+            f"augmentation: {', '.join(images['augment']) or 'none'}."]
+    told += [f"{len(bad):,} images of {split} could not be decoded and were left out." for split, bad in
+             images["left_out"].items()]
+    if recipe.data.train_size or recipe.data.shots:
+        told.append("The training images are a draw of the set's, as many of each class, with seed "
+                    f"{recipe.data.seed}.")
     return told

@@ -17,7 +17,7 @@ def judged(data: Prepared) -> tuple[str, Any]:
         if (split := getattr(data, name)) is not None:
             return name, split
     assert data.train is not None
-    return "train", [data.train[i] for i in range(min(EXAMPLES, len(data.train)))]
+    return "train", data.train.plain(EXAMPLES)
 
 
 def digest(found: Predictions) -> str:

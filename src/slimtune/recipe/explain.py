@@ -1,7 +1,8 @@
 """pydantic's complaints in the words of a recipe: the path of the key, what is wrong, what is taken."""
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -102,7 +103,7 @@ def _raised(error: Any, item: Any) -> list[str]:
 def _unknown(key: Key, tree: Any, root: type[BaseModel]) -> list[str]:
     owner, keys = owner_of(key[:-1], tree, root)
     name = str(key[-1])
-    homes = [home for home in ((), ("method",), ("data",), ("train",))
+    homes = [home for home in ((), ("method",), ("data",), ("train",), ("privacy",))
              if home != key[:-1] and name in owner_of(home, tree, root)[1]]
     if homes:
         near = f"It is a key of {dotted(homes[0]) or 'the recipe itself'}: write it as {dotted((*homes[0], name))}."
@@ -124,6 +125,7 @@ def owner_of(key: Key, tree: Any, root: type[BaseModel]) -> tuple[str, list[str]
     for part in key:
         field = cls.model_fields.get(str(part))
         cls = field.annotation if field else None
+        cls = next((c for c in get_args(cls) if c is not type(None)), cls) if isinstance(cls, UnionType) else cls
         if not (isinstance(cls, type) and issubclass(cls, BaseModel)):
             return dotted(key), []
     return (dotted(key) or "a recipe"), list(cls.model_fields)

@@ -10,7 +10,9 @@ from slimtune.core import Count, Delta, attach
 from slimtune.core.unfreeze import base_parameters
 from slimtune.data import DataSpec, prepare
 from slimtune.data.examples import Prepared
-from slimtune.io.models import load_model, load_tokenizer
+from slimtune.io.models import load_model
+from slimtune.privacy.ledger import Ledger
+from slimtune.recipe.reader import reader
 from slimtune.recipe.tree import Recipe
 
 
@@ -32,7 +34,7 @@ def plan(recipe: Recipe) -> Plan:
     notes: list[str] = []
     data = None
     if is_local(recipe.data):
-        data = prepare(recipe.data, load_tokenizer(recipe.model, recipe.data.task == "token_classification"))
+        data = prepare(recipe.data, reader(recipe.model, recipe.data))
     else:
         notes.append("the data is not on this machine and was not read: it has no steps here, and the head is "
                      "counted for the labels of data.labels, or those of the model's config")
@@ -41,6 +43,8 @@ def plan(recipe: Recipe) -> Plan:
     delta = attach(model, recipe.method, recipe.delta_name, seed=recipe.seed)
     notes.append("activations are not estimated: `slimtune tune` reports the peak memory that it measured")
     needed = memory(model, delta)
+    if recipe.privacy is not None:
+        needed["gradients of examples"] = needed["gradients"] * recipe.train.batch_size
     if sum(needed.values()) - needed["delta file"] > (there := physical_memory()):
         notes.append(f"this is more memory than the {there / 1e9:.1f} GB of this machine")
     return Plan(delta.count(), needed, steps(recipe, data), notes)
@@ -48,7 +52,7 @@ def plan(recipe: Recipe) -> Plan:
 
 def is_local(spec: DataSpec) -> bool:
     """Whether the data can be read without a network."""
-    if spec.source == "files":
+    if spec.source == "files" or spec.layout:
         return True
     names = [spec.dataset] if spec.dataset else [s.partition(":")[0] for s in (spec.train, spec.test) if s]
     return all(Path(name).expanduser().is_dir() for name in names if name)
@@ -75,7 +79,7 @@ def physical_memory() -> float:
 
 
 def steps(recipe: Recipe, data: Prepared | None) -> dict[str, str]:
-    """Examples and tokens of each split, steps of an epoch and of the run."""
+    """Examples and tokens of each split (or the size of its images), steps of an epoch and of the run."""
     told: dict[str, str] = {}
     if data is None:
         return told | ({"steps": f"{recipe.train.steps:,}"} if recipe.train.steps else {})
@@ -83,13 +87,21 @@ def steps(recipe: Recipe, data: Prepared | None) -> dict[str, str]:
         split = getattr(data, name)
         if split is not None:
             cut = f", {split.cut:,} cut to {recipe.data.max_length} tokens" if split.cut else ""
-            told[name] = f"{len(split):,} examples, {split.tokens:,} tokens{cut}"
+            told[name] = f"{len(split):,} examples, {split.tokens:,} tokens{cut}" if data.images is None else (
+                f"{len(split):,} images")
+    if data.images is not None:
+        told["images"] = f"{data.images['size']} x {data.images['size']}, {data.images['normalize']}"
     if data.label_names:
         told["labels"] = f"{len(data.label_names)}"
     if data.train is not None:
-        each = steps_of_epoch(len(data.train), recipe.train.batch_size, recipe.train.gradient_accumulation)
-        told["steps an epoch"] = f"{each:,}"
-        told["steps"] = f"{recipe.train.steps or math.ceil(each * recipe.train.epochs):,}"
+        batch = (recipe.privacy and recipe.privacy.batch_size) or recipe.train.batch_size
+        each = steps_of_epoch(len(data.train), batch, recipe.train.gradient_accumulation)
+        number = recipe.train.steps or math.ceil(each * recipe.train.epochs)
+        told |= {"steps an epoch": f"{each:,}", "steps": f"{number:,}"}
+        if recipe.privacy is not None:
+            ledger = Ledger(recipe.privacy, len(data.train), batch, number)
+            told["privacy"] = (f"epsilon {ledger.of(number):.3f} at delta {recipe.privacy.delta}: sigma "
+                               f"{ledger.sigma:.4f}, sampling rate {ledger.rate:.3g}")
     return told
 
 

@@ -1,6 +1,6 @@
 """run: from a recipe to a finished run folder, resumable at any moment."""
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from slimtune.data import prepare
 from slimtune.data.examples import Prepared
 from slimtune.data.metrics import Score
 from slimtune.errors import RecipeError, listing, suggest
-from slimtune.io.models import load_model, load_tokenizer
+from slimtune.io.models import load_model
 from slimtune.methods import to_config
 from slimtune.recipe.card import card
 from slimtune.recipe.digest import digest, judged
@@ -29,6 +29,7 @@ from slimtune.recipe.folder import (
     write_json,
     write_text,
 )
+from slimtune.recipe.reader import by_length, reader
 from slimtune.recipe.scoring import finite, scores_of, scoring
 from slimtune.recipe.tree import Recipe
 from slimtune.train import TrainResult, fit, predict
@@ -81,30 +82,36 @@ def run(recipe: Recipe, *, resume: Literal["auto", False] = "auto", report: Repo
     with begun(recipe, resume == "auto"):
         write_json(recipe.folder / ENV, environment())
         trained = fit(parts.delta, parts.data.train, parts.data.validation, parts.data.collate, parts.score,
-                      recipe.train, recipe.folder, report=report, step=parts.step)
+                      recipe.train, recipe.folder, report=report, step=parts.step, privacy=recipe.privacy)
         return _finish(recipe, parts, trained, start)
 
 
 def load(recipe: Recipe) -> Parts:
-    """Tokenizer, data, model and delta of a recipe, ready to train."""
+    """Tokenizer (or transform), data, model and delta of a recipe, ready to train."""
     spec = recipe.data
-    tokenizer = load_tokenizer(recipe.model, words=spec.task == "token_classification")
+    tokenizer = reader(recipe.model, spec)
+    if spec.augment and recipe.train.cache:
+        raise RecipeError("data.augment: images that are another each epoch cannot be cached.",
+                          "Leave out data.augment or train.cache.")
     data = prepare(spec, tokenizer)
     if data.train is None:
         raise RecipeError("data.train: is missing; there is nothing to train on.", "Give data.train or data.dataset.")
+    data.train.seed(recipe.train.seed)
     _check_best(recipe, data)
     model = load_model(recipe.model, spec.task, label_names=data.label_names, seed=recipe.seed)
     delta = attach(model, recipe.method, recipe.delta_name, seed=recipe.seed)
-    delta.info.update(about(recipe, data.label_names))
+    delta.info.update(about(recipe, data.label_names, data.images))
     score, step = scoring(spec, data.label_names, tokenizer)
     return Parts(model, tokenizer, data, delta, score, step)
 
 
-def about(recipe: Recipe, labels: Sequence[str]) -> dict[str, Any]:
+def about(recipe: Recipe, labels: Sequence[str], images: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a delta's file says of its use."""
     spec = recipe.data
-    told = {"task": spec.task, "labels": list(labels), "model": recipe.model, "max_length": spec.max_length,
-            "text": spec.text}
+    told = {"task": spec.task, "labels": list(labels), "model": recipe.model}
+    if spec.task == "image_classification":
+        return told | ({"images": dict(images)} if images else {})
+    told |= {"max_length": spec.max_length, "text": spec.text}
     extra = {"pair": spec.pair, "target": spec.target if spec.task == "seq2seq" else None,
              "max_target_length": spec.max_target_length}
     return told | {key: value for key, value in extra.items() if value is not None}
@@ -112,7 +119,8 @@ def about(recipe: Recipe, labels: Sequence[str]) -> dict[str, Any]:
 
 _MEASURED = {"classification": ("accuracy", "macro_f1", "matthews"), "regression": ("pearson", "spearman", "mse"),
              "token_classification": ("accuracy", "token_f1", "entity_f1"), "seq2seq": ("bleu", "chrf", "rougeL"),
-             "causal_lm": ("perplexity", "token_loss")}
+             "causal_lm": ("perplexity", "token_loss"),
+             "image_classification": ("accuracy", "class_accuracy", "macro_f1", "roc_auc")}
 
 
 def _check_best(recipe: Recipe, data: Prepared) -> None:
@@ -140,7 +148,7 @@ def _finish(recipe: Recipe, parts: Parts, trained: TrainResult, start: float) ->
     saved = time.monotonic()
     split, examples = judged(data)
     found = predict(parts.model, examples, data.collate, recipe.train.eval_batch_size, step=parts.step,
-                    by_length=True, precision=recipe.train.precision)
+                    by_length=by_length(recipe.data), precision=recipe.train.precision)
     scores = {"validation": finite(trained.metrics)} if trained.metrics else {}
     if split == "test":
         scores["test"] = finite(scores_of(found, parts.score))
@@ -153,10 +161,12 @@ def _finish(recipe: Recipe, parts: Parts, trained: TrainResult, start: float) ->
         "predictions_sha256": digest(found),
         "examples": {name: len(split) for name, split in splits.items()},
         "cut": {name: split.cut for name, split in splits.items()},
+        **({} if data.images is None else {"images": data.images}),
+        "selection": f"best {recipe.train.best} on validation" if recipe.train.best else "last step",
         "steps": trained.steps, "epochs": trained.epochs,
         "best_step": trained.best.name.rpartition("-")[2] if trained.best else None,
         "resumed_from": trained.resumed_from.name if trained.resumed_from else None,
-        "stopped_early": trained.stopped_early,
+        "stopped_early": trained.stopped_early, "privacy": trained.privacy,
         "seconds": {"train": trained.seconds, "test": ended - saved, "all": ended - start},
         "peak_memory": trained.peak_memory_mb, "added_memory": trained.added_memory_mb,
         "files": {DELTA: sum(p.stat().st_size for p in (folder / DELTA).iterdir()),

@@ -28,9 +28,10 @@ def scoring(spec: DataSpec, labels: Sequence[str], tokenizer: Any) -> tuple[Scor
 def tell(spec: DataSpec, labels: Sequence[str], found: Predictions, words: Sequence[Any] = ()) -> Iterator[Told]:
     """Predictions as one plain mapping an example, in order.
 
-    classification: {label, scores}, scores are probabilities. regression: {score}. token_classification: {words,
-    tags}; a word that was cut off has the tag None. causal_lm: {token_loss, perplexity, tokens}, in nats a token.
-    seq2seq: {text}. words: for token_classification, (words, the word of each token) of each example.
+    classification: {label, scores}, scores are probabilities. image_classification: the same behind {image}.
+    regression: {score}. token_classification: {words, tags}; a word that was cut off has the tag None. causal_lm:
+    {token_loss, perplexity, tokens}, in nats a token. seq2seq: {text}. words: for token_classification, (words, the
+    word of each token) of each example; for image_classification, the images' names.
 
     Example:
         >>> spec = DataSpec(task="classification", test="x.csv")
@@ -41,6 +42,10 @@ def tell(spec: DataSpec, labels: Sequence[str], found: Predictions, words: Seque
     if spec.task == "classification":
         for row in values.softmax(-1):
             yield {"label": labels[int(row.argmax())], "scores": dict(zip(labels, row.tolist(), strict=True))}
+    elif spec.task == "image_classification":
+        for name, row in zip(words, values.softmax(-1), strict=True):
+            yield {"image": name, "label": labels[int(row.argmax())],
+                   "scores": dict(zip(labels, row.tolist(), strict=True))}
     elif spec.task == "regression":
         yield from ({"score": float(row)} for row in values.reshape(len(values)))
     elif spec.task == "token_classification":

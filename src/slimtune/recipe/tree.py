@@ -17,11 +17,12 @@ from pydantic import (
 from pydantic_core import to_json
 
 from slimtune.data import DataSpec
-from slimtune.errors import MethodError, listing
+from slimtune.errors import MethodError, RecipeError, listing
 from slimtune.methods import Method, get, names, to_config
+from slimtune.privacy.spec import PrivacySpec
 from slimtune.recipe.document import Document
 from slimtune.recipe.explain import explain
-from slimtune.train.spec import TrainSpec
+from slimtune.train.spec import TrainSpec, private_spec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -67,12 +68,14 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     name: str = Field("run", description="of the run and its delta; by default the name of the recipe's file")
-    model: str = Field(min_length=1, description="a folder, a packaged model (`minilm`), or ORG/NAME of the hub")
+    model: str = Field(min_length=1, description="a folder, a packaged model (`minilm`, `dinov2-s-saliency`), or "
+                       "ORG/NAME of the hub")
     method: Annotated[tuple[OneMethod, ...], BeforeValidator(_as_list), Field(min_length=1)] = Field(
         description="what is trained: a method, {name: lora, rank: 8}, or a list of them, which is their union")
     data: DataSpec = Field(description="what is read")
     seed: int = Field(0, ge=0, lt=2**32, description="of new weights; and, where train.seed is not given, of the order "
                       "of the examples and of dropout. data.seed, which draws splits, stays apart")
+    privacy: PrivacySpec | None = Field(None, description="differential privacy of the training examples")
     train: TrainSpec = Field(default_factory=TrainSpec, description="how it is trained")
     output: str = Field(default_factory=lambda data: f"runs/{data['name']}", min_length=1,
                         description="folder of the run; by default runs/NAME")
@@ -93,6 +96,15 @@ class Recipe(BaseModel):
     @field_validator("train")
     @classmethod
     def _seeded(cls, train: TrainSpec, info: ValidationInfo) -> TrainSpec:
+        if info.data.get("privacy") is not None:
+            data = info.data.get("data")
+            if data is not None and data.task == "causal_lm" and data.pack:
+                raise ValueError("data.pack cuts texts into blocks, and privacy would be of blocks and not of texts: "
+                                 "set data.pack=false")
+            try:
+                train = private_spec(train)
+            except RecipeError as error:
+                raise RecipeError(error.what.removeprefix("train."), *error.more) from None
         if "seed" in train.model_fields_set:
             return train
         return train.model_copy(update={"seed": info.data.get("seed", 0)})

@@ -12,13 +12,16 @@ from slimtune.core.manifest import read_manifest
 from slimtune.data import DataSpec, prepare
 from slimtune.data.columns import word_column
 from slimtune.data.examples import Examples
+from slimtune.data.imagerows import ImageRows
+from slimtune.data.imagetables import pictures, read_images
 from slimtune.data.tables import Table, read_table, read_text
 from slimtune.data.tasks import FAMILIES, prepare_unlabelled
 from slimtune.errors import DataError, RecipeError, listing
-from slimtune.io.models import load_model, load_tokenizer
+from slimtune.io.models import load_model
 from slimtune.recipe.digest import digest, judged
 from slimtune.recipe.folder import DELTA, RECIPE, open_run
 from slimtune.recipe.parse import read_recipe
+from slimtune.recipe.reader import by_length, reader
 from slimtune.recipe.scoring import scoring, tell
 from slimtune.recipe.tree import Recipe
 from slimtune.train import evaluate, predict
@@ -38,7 +41,7 @@ def load_run(folder: Path | str) -> Tuned:
     """The model and delta of a run. Errors: RecipeError for no run, DeltaError for a delta that does not verify."""
     path, recipe = open_run(folder)
     labels = tuple(read_manifest(path / DELTA).get("info", {}).get("labels") or ())
-    tokenizer = load_tokenizer(recipe.model, words=recipe.data.task == "token_classification")
+    tokenizer = reader(recipe.model, recipe.data)
     model = load_model(recipe.model, recipe.data.task, label_names=labels, seed=recipe.seed)
     load_delta(model, path / DELTA)
     return Tuned(recipe, model, tokenizer, labels)
@@ -67,7 +70,7 @@ def evaluate_run(folder: Path | str, data: Sequence[str] = ()) -> tuple[str, int
                           "Give some: data.test=new.csv")
     score, step = scoring(spec, tuned.labels, tuned.tokenizer)
     return name, len(examples), evaluate(tuned.model, examples, prepared.collate, score, recipe.train.eval_batch_size,
-                                         step=step, by_length=True, precision=recipe.train.precision)
+                                         step=step, by_length=by_length(spec), precision=recipe.train.precision)
 
 
 def digest_run(folder: Path | str) -> str:
@@ -80,19 +83,22 @@ def digest_run(folder: Path | str) -> str:
     _, step = scoring(tuned.recipe.data, tuned.labels, tuned.tokenizer)
     train = tuned.recipe.train
     return digest(predict(tuned.model, judged(prepared)[1], prepared.collate, train.eval_batch_size, step=step,
-                          by_length=True, precision=train.precision))
+                          by_length=by_length(tuned.recipe.data), precision=train.precision))
 
 
 def predict_run(folder: Path | str, source: Path | str | Iterable[str | dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Predictions of a run, one plain mapping an input; see `slimtune.recipe.scoring.tell`.
 
     source: a file with the columns of the recipe's data (a .txt file holds one text a line), or texts, or
-    mappings with those columns. Errors: RecipeError, DataError, DeltaError.
+    mappings with those columns. For images: an image, a folder or .zip of them, what the recipe could read, or paths.
+    Errors: RecipeError, DataError, DeltaError.
     """
     _, recipe = open_run(folder)
-    spec = recipe.data.model_copy(update={"pack": False})
+    spec = recipe.data.model_copy(update={"pack": False, "path": None})
     table = table_of(source, spec)
     tuned = load_run(folder)
+    if spec.task == "image_classification":
+        return _of_images(tuned, spec, table)
     examples = prepare_unlabelled(spec, tuned.tokenizer, table)
     words: Sequence[Any] = ()
     if spec.task == "token_classification":
@@ -108,6 +114,21 @@ def predict_run(folder: Path | str, source: Path | str | Iterable[str | dict[str
     return tell(spec, tuned.labels, found, words)
 
 
+def _of_images(tuned: Tuned, spec: DataSpec, table: Table) -> Iterator[dict[str, Any]]:
+    """A line an image, in the order of the input; with data.corrupt=skip one that cannot be decoded says why."""
+    rows = prepare_unlabelled(spec, tuned.tokenizer, table).rows
+    assert isinstance(rows, ImageRows)
+    names = [picture.name for picture in rows.pictures]
+    bad = {error.picture: error.why for error in rows.bad}
+    told: Iterator[dict[str, Any]] = iter(())
+    if names:
+        found = predict(tuned.model, Examples(table.name, rows), tuned.tokenizer.collate,
+                        tuned.recipe.train.eval_batch_size, precision=tuned.recipe.train.precision)
+        told = tell(spec, tuned.labels, found, names)
+    for picture in table.columns[spec.image]:
+        yield {"image": picture.name, "label": None, "why": bad[picture.name]} if picture.name in bad else next(told)
+
+
 def table_of(source: Path | str | Iterable[str | dict[str, Any]], spec: DataSpec) -> Table:
     """The inputs as a table: a file's, or one made of texts or of mappings.
 
@@ -115,6 +136,8 @@ def table_of(source: Path | str | Iterable[str | dict[str, Any]], spec: DataSpec
         >>> table_of(["fine", "bad"], DataSpec(task="classification", test="x.csv", text="review")).columns
         {'review': ['fine', 'bad']}
     """
+    if spec.task == "image_classification":
+        return _table_of_images(source, spec)
     if isinstance(source, Path | str):
         path = Path(source).expanduser()
         if path.suffix.lower() != ".txt" or not path.is_file():
@@ -125,6 +148,15 @@ def table_of(source: Path | str | Iterable[str | dict[str, Any]], spec: DataSpec
         raise DataError("there is no input to predict on.", "Give texts, one a line.")
     keys = dict.fromkeys(key for row in rows for key in row)
     return Table("input", {key: [row.get(key) for row in rows] for key in keys}, list(range(1, len(rows) + 1)), "line")
+
+
+def _table_of_images(source: Path | str | Iterable[str | dict[str, Any]], spec: DataSpec) -> Table:
+    if isinstance(source, Path | str):
+        return read_images(str(source), spec, "test", labelled=False)
+    values = [row.get(spec.image) if isinstance(row, dict) else row for row in source]
+    if not values:
+        raise DataError("there is no input to predict on.", "Give images: slimtune predict RUN --image photo.jpg")
+    return pictures(Table("input", {spec.image: values}, list(range(1, len(values) + 1)), "image"), spec, Path())
 
 
 def parse_lines(lines: Iterable[str]) -> list[str | dict[str, Any]]:

@@ -1,4 +1,5 @@
 """The trainer of a TrainSpec: transformers' arguments, and what stands beside them."""
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.core.delta import Delta
 from slimtune.data.examples import Collate
+from slimtune.privacy.ledger import Ledger
+from slimtune.train.features import Features, Numbered, numbered
 from slimtune.train.journal import Journal
 from slimtune.train.signals import Signals
 from slimtune.train.spec import TrainSpec, more_is_better
@@ -22,27 +25,36 @@ _SPREAD = 100_003
 
 def make_trainer(delta: Delta, data: Any, validation: Any, judge: Callable[[], dict[str, float]], collate: Collate,
                  spec: TrainSpec, folder: Path, facts: Mapping[str, Any], journal: Journal,
-                 report: Callable[[dict[str, Any]], None] | None, signals: Signals) -> "DeltaTrainer":
-    """The trainer of a spec; `judge` scores the validation data."""
+                 report: Callable[[dict[str, Any]], None] | None, signals: Signals,
+                 features: Callable[[], Features] | None = None, ledger: Ledger | None = None) -> "DeltaTrainer":
+    """The trainer of a spec; `judge` scores the validation data, `ledger` makes it private."""
     from transformers import PrinterCallback
 
     from slimtune.train.callback import Flow
     from slimtune.train.trainer import DeltaTrainer
 
     validated = validation is not None
-    trainer = DeltaTrainer(delta, arguments(spec, folder, len(data), validated), train_dataset=data,
-                           eval_dataset=validation, data_collator=collate, evaluator=judge, facts=facts,
-                           precision=spec.precision, head_learning_rate=spec.head_learning_rate,
-                           callbacks=[Flow(spec, validated, journal, report, signals)])
+    if features is not None:
+        data, collate = Numbered(data), numbered(collate)
+    made: Any = DeltaTrainer
+    if ledger is not None:
+        from slimtune.train.private import PrivateTrainer
+
+        made = functools.partial(PrivateTrainer, ledger=ledger, physical=spec.batch_size)
+    trainer = made(delta, arguments(spec, folder, len(data), validated, ledger.batch if ledger else None),
+                   train_dataset=data, eval_dataset=validation, data_collator=collate, evaluator=judge, facts=facts,
+                   features=features, precision=spec.precision, head_learning_rate=spec.head_learning_rate,
+                   callbacks=[Flow(spec, validated, journal, report, signals)])
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def arguments(spec: TrainSpec, folder: Path, examples: int, validated: bool) -> "TrainingArguments":
-    """transformers' arguments of a spec."""
+def arguments(spec: TrainSpec, folder: Path, examples: int, validated: bool,
+              batch: int | None = None) -> "TrainingArguments":
+    """transformers' arguments of a spec. batch: examples of a step, if they are not those of a forward pass."""
     from transformers import TrainingArguments
 
-    epoch = math.ceil(math.ceil(examples / spec.batch_size) / spec.gradient_accumulation)
+    epoch = math.ceil(math.ceil(examples / (batch or spec.batch_size)) / spec.gradient_accumulation)
     evaluate = spec.eval_every or epoch
     return TrainingArguments(
         output_dir=str(folder), num_train_epochs=spec.epochs, max_steps=spec.steps or -1,

@@ -68,6 +68,12 @@ class Flow(TrainerCallback):
         if self._patience_is_over(state):                   # a run that had stopped early is resumed
             control.should_training_stop = True
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Augmentation depends on the epoch; accelerate does not tell the data of an epoch that is resumed inside."""
+        tell = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
+        if tell is not None:
+            tell(int(state.epoch or 0))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tell("step", state)
         last = state.global_step >= state.max_steps

@@ -1,7 +1,9 @@
 """fit: train a delta on examples, in a folder that a killed run can be resumed from."""
+import functools
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,21 +14,26 @@ from torch import Tensor
 
 from slimtune.core.delta import Delta
 from slimtune.data.examples import Collate
-from slimtune.errors import DataError, DeltaError, RecipeError, TrainError
+from slimtune.errors import DataError, DeltaError, RecipeError, TrainError, listing
+from slimtune.privacy.ledger import Ledger
+from slimtune.privacy.spec import PrivacySpec
 from slimtune.train.assemble import make_trainer
 from slimtune.train.checkpoint import checkpoints, last_checkpoint, prune, read_checkpoint, remove, step_of, tidy
+from slimtune.train.fill import open_features, remove_own
 from slimtune.train.guard import Interrupted
 from slimtune.train.journal import Journal
 from slimtune.train.memory import PeakMemory
 from slimtune.train.predict import Score, Step, evaluate, logits
 from slimtune.train.signals import Signals
-from slimtune.train.spec import TrainSpec, more_is_better
+from slimtune.train.spec import TrainSpec, more_is_better, private_spec
 from slimtune.train.surroundings import surroundings
 
 log = logging.getLogger("slimtune")
 Report = Callable[[dict[str, Any]], None]
 FREE = ("threads", "keep", "save_every", "eval_every", "eval_batch_size", "log_every", "patience")
 """What may differ when a run is resumed: it changes no number that is trained."""
+CALIBRATION = 1024
+"""Examples for a start that needs data."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class TrainResult:
     peak_memory_mb: highest resident memory during the run, MiB; added_memory_mb: above that at its start.
     metrics: those of the validation data for the delta as it is now: the best, or the last.
     best: the checkpoint that was chosen, if `best` was asked for. resumed_from: where this call began.
+    privacy: what a private run has spent (see `slimtune.privacy.Ledger.report`), which delta.info holds too.
     history: the lines of metrics.jsonl.
     """
 
@@ -50,11 +58,12 @@ class TrainResult:
     resumed_from: Path | None
     stopped_early: bool
     history: list[dict[str, Any]] = field(repr=False)
+    privacy: dict[str, Any] | None = None
 
 
 def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Collate, metric_fn: Score | None,
         spec: TrainSpec, folder: Path | str, *, resume: Literal["auto", False] | Path | str = "auto",
-        report: Report | None = None, step: Step = logits) -> TrainResult:
+        report: Report | None = None, step: Step = logits, privacy: PrivacySpec | None = None) -> TrainResult:
     """Train the delta, in place, and leave it at its best or last step; the model is left in its mode.
 
     The folder gets checkpoint-<step> folders and metrics.jsonl. The same delta, data and spec give the same
@@ -63,8 +72,14 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
 
     resume: "auto" goes on from the newest checkpoint that verifies, if there is one; False starts over and
     deletes the checkpoints in the folder; a path goes on from that checkpoint and deletes later ones.
-    report: is called with {"event": "start" | "step" | "log" | "evaluate" | "save", "step": ..., "steps": ...}.
+    report: is called with {"event": "start" | "step" | "log" | "evaluate" | "save", "step": ..., "steps": ...}, and
+    with "fill" for examples of a feature cache.
     step: how predictions are made for metric_fn; see `slimtune.train.predict`.
+    privacy: trains with differential privacy of train_data (see private.py); steps are then Poisson draws of
+    privacy.batch_size examples, run spec.batch_size at a time.
+
+    With spec.cache the frozen part runs once for each example, before the first step (see fill.py), in eval mode;
+    dropout of the head, of a side network and of blocks that train is as ever.
 
     Errors: TrainError for a run that fails, Interrupted (exit code 3) for one that was told to stop and can
     be resumed, RecipeError for a spec that the folder's run was not begun with, DataError for no examples.
@@ -74,10 +89,14 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
         >>> result.metrics["accuracy"]                                                      # doctest: +SKIP
         0.91
     """
+    spec = private_spec(spec) if privacy is not None else spec
     folder = _checked(delta, train_data, validation_data, metric_fn, spec, Path(folder))
     start, memory = time.monotonic(), PeakMemory()
     facts = {"spec": spec.model_dump(mode="json"), "data": fingerprint(train_data, collate)}
+    if privacy is not None:
+        facts["privacy"] = privacy.model_dump(mode="json")
     begun = _begin(folder, resume, facts)
+    ledger = open_ledger(delta, privacy, spec, len(train_data), begun)
     journal = Journal(folder)
     journal.rewind(step_of(begun) if begun else -1)
 
@@ -86,21 +105,60 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
                         precision=spec.precision)
 
     with surroundings(delta, spec), Signals() as signals:
+        if begun is None:
+            _calibrate(delta, train_data, collate)
+        features = functools.cache(lambda: open_features(delta, train_data, collate, spec, folder, signals, report))
         trainer = make_trainer(delta, train_data, validation_data, judge, collate, spec, folder, facts, journal,
-                               report, signals)
+                               report, signals, features if spec.cache else None, ledger)
         trainer.train(resume_from_checkpoint=begun)
         state = trainer.state
-        if signals.told and state.global_step < state.max_steps:
-            raise Interrupted(f"interrupted by {signals.told} after step {state.global_step} of {state.max_steps}.",
-                              f"Saved: {last_checkpoint(folder)}. Run it again to go on from there.")
+        _check_told(signals, state, folder, ledger)
         best = Path(state.best_model_checkpoint) if spec.best and state.best_model_checkpoint else None
         if best is not None:
             trainer._load_best_model()
+    remove_own(spec, folder)
+    if ledger is not None:
+        delta.info["privacy"] = ledger.report()
     return TrainResult(
         steps=state.global_step, epochs=float(state.epoch or 0), seconds=time.monotonic() - start,
         peak_memory_mb=memory.peak(), added_memory_mb=memory.peak() - memory.start,
         metrics=_metrics_at(state.log_history, step_of(best) if best else state.global_step), best=best,
-        resumed_from=begun, stopped_early=state.global_step < state.max_steps, history=journal.lines())
+        resumed_from=begun, stopped_early=state.global_step < state.max_steps, history=journal.lines(),
+        privacy=delta.info.get("privacy"))
+
+
+def _check_told(signals: Signals, state: Any, folder: Path, ledger: Ledger | None) -> None:
+    if signals.told and state.global_step < state.max_steps:
+        raise Interrupted(f"interrupted by {signals.told} after step {state.global_step} of {state.max_steps}.",
+                          f"Saved: {last_checkpoint(folder)}. Run it again to go on from there.",
+                          f"Spent: epsilon {ledger.spent():.3f} at delta {ledger.spec.delta}." if ledger else "")
+
+
+def _calibrate(delta: Delta, data: Any, collate: Collate) -> None:
+    """Give the data to methods that start from it: up to 1024 examples spread over it, one a batch."""
+    device = next(delta.model.parameters()).device
+    count = min(len(data), CALIBRATION)
+    for method in delta.methods:
+        if method.needs_data:
+            batches = (collate([data[i * len(data) // count]]) for i in range(count))
+            method.calibrate(delta, ({k: v.to(device) for k, v in batch.items()} for batch in batches))
+
+
+def open_ledger(delta: Delta, privacy: PrivacySpec | None, spec: TrainSpec, examples: int,
+                begun: Path | None) -> Ledger | None:
+    """The account of a private run, with the noise that it was begun with.
+
+    Errors: DeltaError for a delta that another run trained privately: what that spent would be forgotten.
+    """
+    if begun is None and "privacy" in delta.info:
+        raise DeltaError(f"delta '{delta.name}' was trained with differential privacy already, and each run spends.",
+                         "Attach a new one; or, to give the promise up, delete delta.info['privacy'] first.")
+    if privacy is None:
+        return None
+    batch = privacy.batch_size or spec.batch_size
+    steps = spec.steps or math.ceil(spec.epochs * math.ceil(examples / batch))
+    sigma = None if begun is None else float(read_checkpoint(begun).facts["privacy"]["sigma"])
+    return Ledger(privacy, examples, batch, steps, sigma)
 
 
 def _checked(delta: Delta, train_data: Any, validation_data: Any, metric_fn: Any, spec: TrainSpec,
@@ -163,10 +221,16 @@ def _same(path: Path, told: Any, own: Mapping[str, Any]) -> None:
     over = "Set resume=False to start over, or choose another folder."
     if not isinstance(told, dict) or not isinstance(told.get("spec"), dict):
         raise TrainError(f"{path}: was not made by fit.", over)
+    begun = TrainSpec().model_dump(mode="json") | told["spec"]      # an older slimtune did not know every key
     for key, value in own["spec"].items():
-        if key not in FREE and told["spec"].get(key) != value:
-            raise RecipeError(f"train.{key}: this run was begun with {told['spec'].get(key)}, not with {value}.",
+        if key not in FREE and begun[key] != value:
+            raise RecipeError(f"train.{key}: this run was begun with {begun[key]}, not with {value}.",
                               f"Its folder is {path.parent}.", over)
+    if told.get("privacy") != own.get("privacy"):
+        changed = [key for key in {**(told.get("privacy") or {}), **(own.get("privacy") or {})}
+                   if (told.get("privacy") or {}).get(key) != (own.get("privacy") or {}).get(key)]
+        raise RecipeError(f"privacy: this run was begun with another ({listing(changed)}).",
+                          f"Its folder is {path.parent}.", over)
     if told.get("data") != own["data"]:
         raise RecipeError("data: this run was begun with other training data.",
                           f"Its folder is {path.parent}.", over)

@@ -78,7 +78,8 @@ def predict(model: nn.Module, data: Sequence[Mapping[str, Any]] | Any, collate: 
     with kept_rng(), _evaluating(model), torch.no_grad(), autocast(model, precision):
         for start in range(0, len(order), batch_size):
             chunk = order[start:start + batch_size]
-            batch = _on_device(collate([data[i] for i in chunk]), model)
+            together = getattr(data, "__getitems__", None)
+            batch = _on_device(collate(together(chunk) if together else [data[i] for i in chunk]), model)
             output = model(**batch)
             predictions, references = step(model, batch, output)
             given += _items(predictions)

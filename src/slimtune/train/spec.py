@@ -1,5 +1,5 @@
 """TrainSpec: how a delta is trained. The `train:` node of a recipe."""
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -54,6 +54,12 @@ class TrainSpec(BaseModel):
         description="whether more or less of `best` is better; known for loss and slimtune's own metrics")
     patience: int | None = Field(default=None, ge=1,
         description="stop after this many evaluations in a row without a new best; needs best")
+    cache: bool | Annotated[str, Field(min_length=1)] = Field(default=False,
+        description="compute the hidden states of the frozen part once, and keep them on disk: for heads, side "
+        "networks and methods on the last blocks. true keeps them in the run's folder until it is over, a folder for "
+        "other runs as well. The frozen part is then without dropout")
+    cache_dtype: Literal["model", "bfloat16"] = Field(default="model",
+        description="what the cache holds: the model's own numbers, or bfloat16, in half of the room of float32")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the order of the data and of dropout")
     threads: int | None = Field(default=None, ge=1, description="threads of torch during the run; by default as it is")
 
@@ -64,6 +70,20 @@ class TrainSpec(BaseModel):
         if self.best_mode is not None and self.best is None:
             raise ValueError("best_mode says how to compare best: give best, the metric it compares")
         return self
+
+
+def private_spec(spec: TrainSpec) -> TrainSpec:
+    """The spec without what stands against privacy. Errors: RecipeError for what was asked for and cannot be."""
+    if spec.gradient_accumulation != 1:
+        raise RecipeError(f"train.gradient_accumulation: is {spec.gradient_accumulation}, and a private step draws its "
+                          "examples by itself.", "Set privacy.batch_size, the examples of a step; train.batch_size is "
+                          "how many run at once.")
+    if spec.cache is not False:
+        raise RecipeError("train.cache: private training does not use it.", "Leave train.cache out.")
+    if spec.clip not in (None, TrainSpec.model_fields["clip"].default):
+        raise RecipeError("train.clip: is of a batch's gradient, and private training clips that of each example.",
+                          "Set privacy.clip, and leave train.clip out.")
+    return spec.model_copy(update={"clip": None})
 
 
 def more_is_better(spec: TrainSpec) -> bool:

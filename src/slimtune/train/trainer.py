@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from slimtune.train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from slimtune.train.features import Features
 from slimtune.train.guard import Finite, Guard
 from slimtune.train.predict import autocast, items
 from slimtune.train.state import (
@@ -54,14 +56,18 @@ class DeltaTrainer(Trainer):
 
     def __init__(self, delta: Delta, args: TrainingArguments, *, head_learning_rate: float | None = None,
                  precision: str = "float32", evaluator: Callable[[], Mapping[str, float]] | None = None,
-                 facts: Mapping[str, Any] | None = None, **options: Any) -> None:
+                 facts: Mapping[str, Any] | None = None, features: Callable[[], Features] | None = None,
+                 **options: Any) -> None:
         """head_learning_rate, precision: as in TrainSpec. evaluator: gives the metrics in place of Trainer's
-        evaluation loop. facts: JSON that is kept in each checkpoint. options: those of Trainer."""
+        evaluation loop. facts: JSON that is kept in each checkpoint. features: gives, when the first step begins,
+        what stands in for the frozen part; the data is then `Numbered`. options: those of Trainer."""
         for name in ("deepspeed", "fsdp", "push_to_hub"):
             if getattr(args, name):
                 raise TrainError(f"DeltaTrainer does not support {name}.", "Leave it out of the arguments.")
         self.delta, self.head_learning_rate, self.precision = delta, head_learning_rate, precision
-        self.evaluator, self.facts = evaluator, dict(facts or {})
+        self.evaluator, self.facts, self.features = evaluator, dict(facts or {}), features
+        if features is not None and (args.world_size > 1 or args.n_gpu > 1):
+            raise TrainError("a feature cache is read by one process on one device.", "Train without train.cache.")
         self.folder = Path(args.output_dir or "trainer_output")
         self.finite, self.keep = Finite(self.folder), args.save_total_limit
         self._resumed: Checkpoint | None = None
@@ -74,6 +80,10 @@ class DeltaTrainer(Trainer):
         if self.compute_loss_func is not None:
             self.loss_is_scaled_for_ga = None               # type: ignore[assignment]
         self.add_callback(_Watch(self))
+
+    def make_guard(self) -> Guard:
+        """What watches the first steps."""
+        return Guard(self.delta)
 
     # what is optimised
 
@@ -105,12 +115,15 @@ class DeltaTrainer(Trainer):
                              f"The collator gives: {listing(inputs)}. Does it give labels?")
         if own == 0:                                        # the mean of nothing is NaN
             loss = outputs.logits.sum() * 0.0
-        elif num_items_in_batch is not None and num_items_in_batch != own:
+        elif model.training and (extra := self.delta.penalty()) is not None:
+            loss = loss + extra
+        if own and num_items_in_batch is not None and num_items_in_batch != own:
             loss = loss * (own / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        with self.features()(inputs) if self.features is not None else nullcontext():
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self.finite.check(loss, "loss", self.state.global_step + 1)
         return loss
 
@@ -245,7 +258,7 @@ class _Watch(TrainerCallback):
     """The guard, and what Trainer forgets when it resumes."""
 
     def __init__(self, trainer: DeltaTrainer) -> None:
-        self.trainer, self.guard = trainer, Guard(trainer.delta)
+        self.trainer, self.guard = trainer, trainer.make_guard()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         resumed = self.trainer._resumed
