@@ -16,12 +16,15 @@ from slimtune.methods import names
 SURFACE = {
     "tune": ["recipe", "overrides", "--resume", "--quiet"],
     "eval": ["run", "overrides"],
-    "predict": ["run", "source", "--text", "--pair"],
+    "predict": ["run", "source", "--text", "--pair", "--image"],
     "methods": ["--model", "--budget"],
     "inspect": ["model"],
     "check": ["recipe", "overrides", "--schema"],
     "convert": ["src", "dst", "--to", "--model"],
+    "search": [],
 }
+SEARCHES = {"intrinsic": ["recipe", "overrides", "--sites", "--per-block", "--share", "--of", "--against", "--steps",
+                          "--learning-rate", "--start", "--most", "--bisections"]}
 
 
 def test_the_surface_is_frozen():
@@ -29,6 +32,8 @@ def test_the_surface_is_frozen():
     found = {name: [next(o for o in p.opts) for p in command.params if p.name != "help"]
              for name, command in group.commands.items()}  # type: ignore[attr-defined]
     assert found == SURFACE
+    searches = group.commands["search"].commands  # type: ignore[attr-defined]
+    assert {name: [next(o for o in p.opts) for p in command.params] for name, command in searches.items()} == SEARCHES
     assert [p.opts for p in group.params if p.name != "help"] == [["--version"]]
     resume = next(p for p in group.commands["tune"].params if p.name == "resume")  # type: ignore[attr-defined]
     assert resume.secondary_opts == ["--no-resume"]
@@ -45,6 +50,9 @@ def test_the_surface_is_frozen():
       for size in ("abc", "0%", "-1", "")],
     (["methods", "--budget", "50k"], "--budget needs a model to count on."),
     (["methods", "--model", "minlim", "--budget", "50k"], "Did you mean 'minilm'?"),
+    (["search", "intrinsic", "no-such.yaml"], "RecipeError: no-such.yaml: no such file."),
+    (["search", "intrinsic", "x.yaml", "--start", "9", "--most", "8"], "--start 9 is above --most 8."),
+    (["search", "intrinsic", "x.yaml", "--of", "gains"], "gain"), (["search", "intrinsik"], "intrinsic"),
     (["convert", "no-such", "x"], "DeltaError: no-such: no delta"),
     (["predict", "run"], "predict needs texts"), (["predict", "run", "f.csv", "--text", "x"], "predict needs texts"),
     (["predict", "run", "--text", "a", "--pair", "b", "--pair", "c"], "2 --pair for 1 --text"),

@@ -178,9 +178,22 @@ def test_refusals():
 def test_every_figure_has_a_unit():
     seen = set()
     for task, (guess, truth) in {"classification": ([0, 1], [0, 1]), "regression": ([0, 1], [0, 1]),
+                                 "image_classification": ([[1.0, 0.0], [0.0, 1.0]], [0, 1]),
                                  "token_classification": ([["B-x"]], [["B-x"]]), "causal_lm": ([1.0], [1])}.items():
         found = metrics(task)(guess, truth)
         assert PRIMARY[task] in found
         seen |= set(found)
     assert seen | {"bleu", "chrf", "rougeL"} == set(METRICS)
     assert [name for name, metric in METRICS.items() if not metric.higher] == ["mse", "perplexity", "token_loss"]
+
+
+def test_image_classification():
+    scores, truth = [[0.9, 0.1], [0.4, 0.6], [0.6, 0.4], [0.2, 0.8]], [0, 0, 0, 1]
+    found = metrics("image_classification")(scores, truth)
+    assert set(found) == {"accuracy", "class_accuracy", "macro_f1", "roc_auc"}
+    assert found["accuracy"] == 0.75
+    assert found["class_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["roc_auc"] == 1.0   # the one positive scores above the three negatives
+    many = metrics("image_classification")([[1, 0, 0], [0, 1, 0]], [0, 1])
+    assert many["class_accuracy"] == 1.0   # a class that does not occur does not count
+    assert "roc_auc" not in many

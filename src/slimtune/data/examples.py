@@ -1,4 +1,4 @@
-"""Examples: what a model reads, tokenised once; and what `prepare` hands back."""
+"""Examples: what a model reads, tokenised or decoded once; and what `prepare` hands back."""
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from slimtune.data.imagerows import ImageRows
 from slimtune.data.spec import DataSpec
 from slimtune.errors import DataError
 from slimtune.io.models import Task
@@ -23,7 +24,7 @@ Collate = Callable[[Any], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class Examples(Dataset[Row]):
-    """Encoded examples of one split: input_ids, attention_mask, labels ..., of their own lengths.
+    """Encoded examples of one split: input_ids, attention_mask, labels ..., of their own lengths; or images.
 
     Example:
         >>> rows = Examples("train", [{"input_ids": [1, 2], "labels": 0}])
@@ -32,7 +33,7 @@ class Examples(Dataset[Row]):
     """
 
     name: str
-    rows: list[Row] = field(repr=False)
+    rows: Sequence[Row] = field(repr=False)
     cut: int = 0
     """Texts that were longer than max_length and lost their end."""
 
@@ -42,10 +43,28 @@ class Examples(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         return self.rows[index]
 
+    def __getitems__(self, indices: Sequence[int]) -> list[Row]:
+        """The rows of a batch, as torch's loaders ask for them: images that are on disk are decoded together."""
+        return self.rows.take(indices) if isinstance(self.rows, ImageRows) else [self.rows[i] for i in indices]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch's augmentation the rows have."""
+        if isinstance(self.rows, ImageRows):
+            self.rows.epoch = epoch
+
+    def seed(self, seed: int) -> None:
+        """Whose augmentation the rows have."""
+        if isinstance(self.rows, ImageRows):
+            self.rows.seed = seed
+
+    def plain(self, count: int) -> "Examples":
+        """The first rows, without augmentation."""
+        return Examples(self.name, self.rows.plain(count) if isinstance(self.rows, ImageRows) else self.rows[:count])
+
     @property
     def tokens(self) -> int:
-        """Tokens read in one pass over the split, padding not counted."""
-        return sum(len(row["input_ids"]) for row in self.rows)
+        """Tokens read in one pass over the split, padding not counted; 0 for images."""
+        return 0 if isinstance(self.rows, ImageRows) else sum(len(row["input_ids"]) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,8 @@ class Prepared:
     num_labels: int
     problem: str
     collate: Collate = field(repr=False)
+    images: dict[str, Any] | None = None
+    """How images were made into batches, and which could not be decoded; None for texts."""
 
 
 def make_ready(tokenizer: "Tokenizer", spec: DataSpec) -> None:

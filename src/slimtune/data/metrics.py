@@ -26,6 +26,7 @@ class Metric:
 
 METRICS = {
     "accuracy": Metric("0 to 1"), "macro_f1": Metric("0 to 1"), "matthews": Metric("-1 to 1"),
+    "class_accuracy": Metric("0 to 1"), "roc_auc": Metric("0 to 1"),
     "pearson": Metric("-1 to 1"), "spearman": Metric("-1 to 1"),
     "mse": Metric("square of the label's unit", False),
     "token_f1": Metric("0 to 1"), "entity_f1": Metric("0 to 1"),
@@ -33,7 +34,7 @@ METRICS = {
     "perplexity": Metric("1 to infinity", False), "token_loss": Metric("nats a token", False),
 }
 PRIMARY = {"classification": "macro_f1", "regression": "spearman", "token_classification": "token_f1",
-           "seq2seq": "bleu", "causal_lm": "perplexity"}
+           "seq2seq": "bleu", "causal_lm": "perplexity", "image_classification": "accuracy"}
 """The figure by which the best checkpoint of a task is chosen."""
 
 
@@ -41,6 +42,8 @@ def metrics(task: str) -> Score:
     """The function (predictions, references) -> {metric: value} of a task; units are in `METRICS`.
 
     classification: class ids [N], or scores [N, C] -> accuracy, macro_f1, and matthews for two classes.
+    image_classification: as classification -> accuracy, class_accuracy (the mean over the classes that occur),
+        macro_f1, and for scores of two classes roc_auc.
     regression: numbers [N] or [N, 1] -> pearson, spearman, mse. A constant has correlation 0 here.
     token_classification: tag names, a list for each sentence -> accuracy, token_f1 (micro, over what is
         not O), and entity_f1 (spans of the same type and bounds) where all tags are BIO. See `tag_names`.
@@ -87,6 +90,19 @@ def _classification(predictions: Any, references: Any) -> dict[str, float]:
     seen = len({*truth.tolist(), *guess.tolist()})
     if (scores.shape[1] if scores.ndim == 2 else seen) <= 2:
         result["matthews"] = matthews_corrcoef(truth, guess) if seen == 2 else 0.0
+    return result
+
+
+def _image_classification(predictions: Any, references: Any) -> dict[str, float]:
+    from sklearn.metrics import recall_score, roc_auc_score
+
+    scores, truth = _array(predictions), _array(references)
+    guess = scores.argmax(-1) if scores.ndim == 2 else scores
+    result = {name: value for name, value in _classification(scores, truth).items() if name != "matthews"}
+    result["class_accuracy"] = recall_score(truth, guess, labels=sorted(set(truth.tolist())), average="macro",
+                                            zero_division=0)  # type: ignore[arg-type]
+    if scores.ndim == 2 and scores.shape[1] == 2:
+        result["roc_auc"] = roc_auc_score(truth, scores[:, 1] - scores[:, 0]) if len(set(truth.tolist())) == 2 else 0.0
     return result
 
 
@@ -181,5 +197,5 @@ def _causal_lm(predictions: Any, references: Any) -> dict[str, float]:
 
 
 _SCORES: dict[str, Score] = {
-    "classification": _classification, "regression": _regression,
+    "classification": _classification, "image_classification": _image_classification, "regression": _regression,
     "token_classification": _token_classification, "seq2seq": _seq2seq, "causal_lm": _causal_lm}

@@ -1,51 +1,82 @@
 """Splits: the tables of train, validation and test, the same in every process for a given seed."""
-import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from slimtune.data import drugreview
+from slimtune.data import digits, drugreview, elevater, fgvc, vtab
 from slimtune.data.columns import label_column
-from slimtune.data.spec import SPLITS, DataSpec
+from slimtune.data.draw import balanced, few, generator
+from slimtune.data.imagetables import pictures, read_images
+from slimtune.data.layout import Layout
+from slimtune.data.spec import LABELLED, SPLITS, DataSpec
 from slimtune.data.tables import Table, read_dataset, read_table
 from slimtune.errors import DataError, listing, suggest
 
-PACKAGED: dict[str, Callable[[str], Table]] = {"drugreview": drugreview.load}
+PACKAGED: dict[str, Callable[[str], Table]] = {"drugreview": drugreview.load, "digits": digits.load}
+LAYOUTS: dict[str, Callable[[DataSpec], Layout]] = {"vtab": vtab.read, "fgvc": fgvc.read, "elevater": elevater.read}
 
 
 @dataclass(frozen=True)
 class Splits:
     """The tables of a run; a split that was not given is None.
 
-    whole: train before `limit` and validation took from it; what the label names are read from.
+    whole: train before anything took from it; what the label names are read from.
+    names: the label names, where the set itself says them.
     """
 
     train: Table | None
     validation: Table | None
     test: Table | None
     whole: Table | None
+    names: tuple[str, ...] = ()
 
 
 def read_splits(spec: DataSpec) -> Splits:
-    """Read every split, apply `limit`, and cut validation off train when none is given.
+    """Read every split, cut test off train if so asked, draw from them, and cut validation off when none is given.
 
     Errors: DataError, ExtraError.
     """
-    train, validation, test = (_read(spec, split) for split in SPLITS)
+    names: tuple[str, ...] = ()
+    fraction = spec.validation_fraction
+    if spec.layout is not None:
+        found = LAYOUTS[spec.layout](spec)
+        names, fraction = found.names, found.held
+        train, validation, test = found.train, found.validation, found.test
+    else:
+        train, validation, test = (_read(spec, split) for split in SPLITS)
     whole = train
-    if train is not None and spec.limit is not None:
+    if train is not None and test is None and spec.test_fraction > 0:
+        train, test = _cut(train, spec, spec.test_fraction, "test")
+    train = None if train is None else _drawn(train, spec)
+    if test is not None and spec.test_size is not None:
+        test = test.take(balanced(label_column(test, spec.label), spec.test_size, spec.seed, "test_size"))
+    if train is not None and validation is None and fraction > 0:
+        train, validation = _cut(train, spec, fraction, "validation")
+    return Splits(train, validation, test, whole, names)
+
+
+def _drawn(train: Table, spec: DataSpec) -> Table:
+    """What limit, train_size or shots leave of train."""
+    if spec.limit is not None:
         order = list(range(len(train)))
-        _rng(spec.seed, "limit").shuffle(order)
-        train = train.take(order[:spec.limit])
-    if train is not None and validation is None and spec.validation_fraction > 0:
-        classes = label_column(train, spec.label) if spec.task == "classification" else None
-        kept, held = hold_out(len(train), spec.validation_fraction, spec.seed, classes)
-        if held:
-            train, validation = train.take(kept), train.take(held)
-    return Splits(train, validation, test, whole)
+        generator(spec.seed, "limit").shuffle(order)
+        return train.take(order[:spec.limit])
+    if spec.train_size is not None:
+        return train.take(balanced(label_column(train, spec.label), spec.train_size, spec.seed, "train_size"))
+    if spec.shots is not None:
+        return train.take(few(label_column(train, spec.label), spec.shots, spec.seed))
+    return train
 
 
-def hold_out(size: int, fraction: float, seed: int,
-             classes: Sequence[Hashable] | None = None) -> tuple[list[int], list[int]]:
+def _cut(train: Table, spec: DataSpec, fraction: float, purpose: str) -> tuple[Table, Table | None]:
+    """What is kept and what is held out, in proportion to the labels; None where nothing can be."""
+    classes = label_column(train, spec.label) if spec.task in LABELLED else None
+    kept, held = hold_out(len(train), fraction, spec.seed, classes, purpose)
+    return (train.take(kept), train.take(held)) if held else (train, None)
+
+
+def hold_out(size: int, fraction: float, seed: int, classes: Sequence[Hashable] | None = None,
+             purpose: str = "validation") -> tuple[list[int], list[int]]:
     """Rows kept and rows held out, each in ascending order.
 
     round(size fraction) rows are held out, at least one of two; of each class c within one row of
@@ -65,19 +96,22 @@ def hold_out(size: int, fraction: float, seed: int,
     for name in by_remainder:
         if sum(quota.values()) < wanted and quota[name] < len(groups[name]) - 1:
             quota[name] += 1
-    rng = _rng(seed, "validation")
+    rng = generator(seed, purpose)
     held = sorted(row for name, rows in groups.items() for row in rng.sample(rows, quota[name]))
     out = set(held)
     return [row for row in range(size) if row not in out], held
 
 
-def _rng(seed: int, purpose: str) -> random.Random:
-    """Seeded by text, which `random` hashes with SHA-512: the same in any process."""
-    return random.Random(f"slimtune/{purpose}/{seed}")
-
-
 def _read(spec: DataSpec, split: str) -> Table | None:
-    """The table of a split: packaged, of the `datasets` library, or a file."""
+    """The table of a split, its images as pictures."""
+    table = _table(spec, split)
+    if table is None or spec.task != "image_classification":
+        return table
+    return pictures(table, spec, Path())
+
+
+def _table(spec: DataSpec, split: str) -> Table | None:
+    """Packaged, of the `datasets` library, or a file."""
     given: str | None = getattr(spec, split)
     if spec.source == "datasets":
         name, part = _name_and_split(given, spec.dataset, split)
@@ -92,7 +126,9 @@ def _read(spec: DataSpec, split: str) -> Table | None:
     if given is None:
         return None
     name, _, part = given.partition(":")
-    return PACKAGED[name](part or split) if name in PACKAGED else read_table(given, spec)
+    if name in PACKAGED:
+        return PACKAGED[name](part or split)
+    return read_images(given, spec, split) if spec.task == "image_classification" else read_table(given, spec)
 
 
 def _name_and_split(given: str | None, dataset: str | None, split: str) -> tuple[str, str]:

@@ -198,6 +198,8 @@ def read_dataset(name: str, split: str) -> Table:
     except Exception as error:  # the library raises nearly every kind; all mean "cannot be read"
         raise DataError(f"{name}:{split}: `datasets` cannot read it: {_first_line(error)}",
                         "Give a local folder, or a set in its cache, as NAME:SPLIT.") from None
+    for key in [key for key, feature in data.features.items() if isinstance(feature, datasets.Image)]:
+        data = data.cast_column(key, datasets.Image(decode=False))  # bytes, which are decoded where they are needed
     columns = {key: list(_named(data.features[key], data[key])) for key in data.column_names}
     return Table(f"{name}:{split}", columns, list(range(1, len(data) + 1)))
 

