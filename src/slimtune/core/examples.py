@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from slimtune.core.delta import Delta
 from slimtune.core.insert import CHILD, Root
 from slimtune.core.switch import deltas
 from slimtune.errors import DeltaError, MethodError, listing
@@ -71,7 +70,7 @@ class ExampleGradients:
             for _, slot in delta.slots:
                 slot.__dict__["rows"] = size
                 self.undo.append(lambda slot=slot: slot.__dict__.update(rows=None))
-            self._owned(delta)
+        self._owned()
 
     def _leaf(self, p: Tensor) -> Tensor:
         assert self.size is not None
@@ -84,15 +83,15 @@ class ExampleGradients:
         module._parameters[name] = expanded  # type: ignore[assignment]
         self.undo.append(lambda: module._parameters.__setitem__(name, p))
 
-    def _owned(self, delta: Delta) -> None:
+    def _owned(self) -> None:
         """Give each module with trained tensors of the backbone a forward of its own for each example."""
         assert self.size is not None
-        trained: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
-        for own in delta.owned:
-            if own.value.requires_grad:
-                for module, name in own.places:
-                    trained.setdefault(id(module), (module, {}))[1][name] = self._leaf(own.value)
-        for module, name, function in forwards(self.model, {k: t for k, (_, t) in trained.items()}, self.size):
+        trained: dict[int, dict[str, Tensor]] = {}
+        for own in (own for delta in self.active for own in delta.owned if own.value.requires_grad):
+            for module, name in own.places:
+                if module._parameters[name] is own.value:
+                    trained.setdefault(id(module), {})[name] = self._leaf(own.value)
+        for module, name, function in forwards(self.model, trained, self.size):
             module.__dict__[name] = function
             self.undo.append(lambda module=module, name=name: module.__dict__.pop(name))
 
