@@ -1,7 +1,7 @@
 """route against solo runs: each example of a mixed batch gets what its own delta gives it alone."""
 import random
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock, Thread
+from threading import Thread
 
 import pytest
 import torch
@@ -152,29 +152,20 @@ def traffic(requests: int, threads: int) -> None:
     inputs = {k: v for k, v in batch("bert").items() if k != "labels"}
     alone = solo(model, inputs, tasks)
     st.activate(model)
-    stop, lock = [], Lock()
+    stop = []
 
     def churn() -> None:
         number = 0
         while not stop:
             number += 1
-            with lock:
-                extra = moved(model, get("lora")(rank=2), f"x{number}", number)
+            extra = moved(model, get("lora")(rank=2), f"x{number}", number)
             st.activate(model)
-            with lock:
-                extra.detach()
+            extra.detach()
 
     def request(seed: int) -> bool:
         chosen = random.Random(seed).choices(tasks, k=3)
-        with torch.no_grad():
-            with lock:
-                opened = route(model, chosen)
-                opened.__enter__()
-            try:
-                mixed = model(**inputs).logits
-            finally:
-                with lock:
-                    opened.__exit__(None, None, None)
+        with torch.no_grad(), route(model, chosen):
+            mixed = model(**inputs).logits
         return all(torch.allclose(mixed[i], alone[t][i], atol=1e-6) for i, t in enumerate(chosen))
 
     worker = Thread(target=churn)
@@ -214,6 +205,15 @@ def test_a_detached_delta_answers_to_its_end():
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in model.modules())
 
 
+def test_a_batch_of_the_plain_backbone_keeps_nothing():
+    """What a route's examples do not read is not kept for anybody."""
+    model = tiny("bert").eval()
+    moved(model, get("parallel_adapter")(bottleneck=3), "a")
+    with torch.no_grad(), route(model, [None] * 3):
+        output(model, batch("bert"))
+    assert not any(getattr(m, "stash", None) for m in model.modules())
+
+
 def test_refusals():
     model, inputs = tiny("bert"), batch("bert")
     with pytest.raises(DeltaError, match="no delta is attached"), route(model, ["a"]):
@@ -224,6 +224,11 @@ def test_refusals():
         pass
     with pytest.raises(MethodError, match="PrefixTuning"), route(model, ["sst2", "cola", "sst2"]):
         pass
+    st.activate(model, "sst2")
+    st.deltas(model)["sst2"].merge()
+    with pytest.raises(DeltaError, match="is merged into the backbone"), route(model, ["cola"] * 3):
+        pass
+    st.deltas(model)["sst2"].unmerge()
     with pytest.raises(DeltaError, match="2 tasks, and the batch 3"), route(model, ["sst2", "sst2"]):
         model(**inputs)
     with route(model, ["sst2"] * 3), pytest.raises(DeltaError, match="open on this model already"), \

@@ -25,7 +25,7 @@ from slimtune.core.sites import Site
 
 InitName: TypeAlias = Literal["bert", "lora", "houlsby", "small", "xavier", "zero"]
 
-STARTS = {"bert": 0.02, "houlsby": 0.01, "houlsby_official": 0.001, "small": 0.01}
+STARTS = {"bert": 0.02, "houlsby": 0.01, "small": 0.01}
 
 
 class Adapter(Add):
@@ -94,16 +94,12 @@ class Adapter(Add):
             out = out * scalar(p["gain"], out)
         return layer_norm(out, p["ln"], p["ln_bias"]) if self.layer_norm == "out" else out
 
-    def reads(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
-        """u."""
-        return x if self.form == "parallel" else y
-
     def compose(self, p: Bound, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         """The new y of an update."""
         return y + update
 
     def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
-        return self.compose(p, x, y, self.update(p, self.reads(p, x, y)))
+        return self.compose(p, x, y, self.update(p, x if self.form == "parallel" else y))
 
 
 class BehindNorm(Adapter):
@@ -131,5 +127,5 @@ def _start(init: str, name: str, d_out: int, d_in: int) -> Init:
         return zeros(d_out, d_in)
     if init == "xavier":
         return xavier(d_out, d_in, fan_in=d_in, fan_out=d_out)
-    make = truncated_normal if init.startswith("houlsby") else normal
+    make = truncated_normal if init == "houlsby" else normal
     return make(d_out, d_in, std=STARTS[init])

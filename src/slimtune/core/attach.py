@@ -9,7 +9,7 @@ from slimtune.core.anatomy import Anatomy, dissect
 from slimtune.core.bound import weight_at
 from slimtune.core.delta import Delta, check_names, check_tensor
 from slimtune.core.init import Init, Params
-from slimtune.core.insert import CHILD, Root, Slot, hook_source, insert_at
+from slimtune.core.insert import CHILD, LOCK, Root, Slot, hook_source, insert_at
 from slimtune.core.method import NORMS, Method, base_dtype, key_of
 from slimtune.core.reentrant import open_checkpoints
 from slimtune.core.sites import Site, join, lookup
@@ -35,6 +35,12 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
         256
     """
     methods = _methods(method)
+    with LOCK:
+        return _attach(model, methods, name, seed, anatomy, state)
+
+
+def _attach(model: nn.Module, methods: tuple[Method, ...], name: str, seed: int, anatomy: Anatomy | None,
+            state: Mapping[str, Tensor] | None) -> Delta:
     root = _root(model, name)
     before = root.plan.active, root.plan.weights
     set_active(root, ())

@@ -1,7 +1,9 @@
 """Delta: all that one task trains and saves, and how to switch it, merge it and take it off."""
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.count import Count
 from slimtune.core.fingerprint import fingerprint
-from slimtune.core.insert import CHILD, Root, Slot
+from slimtune.core.insert import CHILD, LOCK, Root, Slot
 from slimtune.core.merge import merged
-from slimtune.core.method import Method
+from slimtune.core.method import Method, to_config
 from slimtune.core.store import save
 from slimtune.core.switch import leave, set_active
 from slimtune.core.unfreeze import Owned, base_parameters
@@ -106,6 +108,11 @@ class Delta:
         keys = {label.rpartition(".")[2] for label in labels}
         return name.rpartition(".")[0] in labels or any(name.startswith(f"shared.{key}.") for key in keys)
 
+    @cached_property
+    def signature(self) -> str:
+        """Deltas of one signature have the same slots, with tensors of the same shapes."""
+        return json.dumps([[to_config(m) for m in self.methods], [slot.label for _, slot in self.slots]])
+
     def penalty(self) -> Tensor | None:
         """What its methods add to the loss (see Method.penalty), or None."""
         terms = [t for method, slots in self.by_method() if (t := method.penalty(slots)) is not None]
@@ -192,11 +199,12 @@ class Delta:
         """Take the delta off: no hook, module or attribute stays, and the base is bitwise as before."""
         self._alive()
         self.unmerge()
-        root = self.root
-        rest = tuple(n for n in root.plan.active if n != self.name)
-        set_active(root, rest, {n: w for n, w in root.plan.weights.items() if n in rest})
-        del root.deltas[self.name]
-        leave(self.model, self.name, self.hosts, any(s.kind == "kv" for _, s in self.slots))
+        with LOCK:
+            root = self.root
+            rest = tuple(n for n in root.plan.active if n != self.name)
+            set_active(root, rest, {n: w for n, w in root.plan.weights.items() if n in rest})
+            del root.deltas[self.name]
+            leave(self.model, self.name, self.hosts, any(s.kind == "kv" for _, s in self.slots))
         self.slots, self.owned, self.hosts, self.shared = [], [], [], {}
         self._gone = True
 

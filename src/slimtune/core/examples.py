@@ -123,7 +123,7 @@ def per_example(model: nn.Module) -> Iterator[ExampleGradients]:
     assert isinstance(root, Root)
     if root.plan.examples is not None:
         raise DeltaError("per_example is open on this model already.", "Close it before the next batch.")
-    handle = model.register_forward_pre_hook(lambda m, a, k: found.begin(_size(a, k)), with_kwargs=True)
+    handle = model.register_forward_pre_hook(lambda m, a, k: found.begin(batch_size(a, k)), with_kwargs=True)
     try:
         yield found
     finally:
@@ -133,8 +133,13 @@ def per_example(model: nn.Module) -> Iterator[ExampleGradients]:
         root.plan.examples = None
 
 
-def _size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    return next(int(v.shape[0]) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0)
+def batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """The first axis of a call's first tensor."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return int(value.shape[0])
+    raise DeltaError("the model was called without a tensor, so its examples cannot be counted.",
+                     "Call it with input_ids=..., inputs_embeds=... or pixel_values=...")
 
 
 def forwards(model: nn.Module, leaves: Mapping[int, Mapping[str, Tensor]],

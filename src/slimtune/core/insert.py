@@ -7,7 +7,7 @@ one tuple in the plan that all inserts of a model share: a switch walks nothing.
 """
 import inspect
 from collections.abc import Callable
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from slimtune.core.anatomy import Anatomy
 from slimtune.core.slot import Slot
 
 CHILD = "slimtune"
+LOCK = RLock()
+"""Held while deltas come, go and are switched, and while a route opens and closes."""
 
 
 class Plan:
@@ -185,7 +187,7 @@ def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 def _feed(source: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     insert: Insert = source._modules[CHILD]  # type: ignore[assignment]
     for sink, path in insert.feeds:
-        if insert.plan.routes or any(name in sink.groups for name in insert.plan.active):
+        if sink.live("output") or sink.live("input"):
             sink.stash[thread(), path] = first(args, kwargs)
 
 
@@ -216,7 +218,7 @@ def _through(insert: Insert, slots: list[Slot], host: nn.Module, x: Tensor | Non
     if not weights or thread() in insert.plan.routes:
         return _stacked(insert, slots, host, x, y)
     total = y
-    for name in dict.fromkeys(insert.plan.active):
+    for name in insert.plan.active:
         own = [slot for slot in slots if slot in insert.groups.get(name, ())]
         if own:
             total = total + weights[name] * (_stacked(insert, own, host, x, y.clone()) - y)

@@ -9,25 +9,22 @@ once, on its examples. A tensor of the backbone or head that tasks own is one of
 A route belongs to its thread and holds what it was opened with, so a delta that is added, replaced or detached
 meanwhile changes no answer of it.
 """
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.core.delta import Delta
-from slimtune.core.examples import forwards, with_tensors
-from slimtune.core.insert import CHILD, Insert, Root, Slot, thread
-from slimtune.core.method import to_config
+from slimtune.core.examples import batch_size, forwards, with_tensors
+from slimtune.core.insert import CHILD, LOCK, Insert, Root, Slot, thread
+from slimtune.core.sites import join
 from slimtune.core.switch import deltas
 from slimtune.errors import DeltaError, MethodError, listing, suggest
 
 ADDS = ("output", "input", "checkpoint")
 """Kinds of slots that may stand in a batch beside other methods, or beside the plain backbone."""
-_LOCK = Lock()
 
 
 class Route:
@@ -39,6 +36,9 @@ class Route:
             if name is not None and name not in found:
                 raise DeltaError(f"no delta named '{name}' is attached.", f"There are: {listing(found) or 'none'}",
                                  suggest(name, found))
+        for delta in found.values():
+            if delta.merged:
+                raise DeltaError(f"delta '{delta.name}' is merged into the backbone.", "Call unmerge() on it first.")
         self.size = len(tasks)
         self.slots: dict[int, list[tuple[str, Slot]]] = {}
         self.owned: dict[tuple[int, str], Callable[..., Any]] = {}
@@ -47,7 +47,7 @@ class Route:
         groups: dict[str, list[int]] = {}
         for row, delta in enumerate(chosen):
             if delta is not None:
-                groups.setdefault(_signature(delta), []).append(row)
+                groups.setdefault(delta.signature, []).append(row)
         for number, rows in enumerate(groups.values()):
             self._group(number, [chosen[r] for r in rows], rows, groups)  # type: ignore[misc]
         self._own(model, chosen)
@@ -116,14 +116,8 @@ def _places(model: nn.Module) -> dict[int, tuple[nn.Module, dict[str, tuple[str,
             if CHILD not in path.split("."):
                 for name, p in module._parameters.items():
                     if p is not None:
-                        found.setdefault(id(module), (module, {}))[1].setdefault(name, (f"{head}.{path}.{name}", p))
+                        found.setdefault(id(module), (module, {}))[1].setdefault(name, (join(head, path, name), p))
     return found
-
-
-def _signature(delta: Delta) -> str:
-    """Deltas of one signature have the same slots, with tensors of the same shapes."""
-    slots = [(slot.label, slot.kind) for _, slot in delta.slots]
-    return json.dumps([[to_config(m) for m in delta.methods], slots], sort_keys=True)
 
 
 def _stacked(modules: Sequence[nn.Module], take: Sequence[int]) -> nn.Module:
@@ -167,17 +161,17 @@ def route(model: nn.Module, tasks: Sequence[str | None]) -> Iterator[Route]:
         raise DeltaError("no delta is attached to this model.", "Attach or load the tasks' deltas first.")
     if thread() in root.plan.routes:
         raise DeltaError("this thread has a route open on this model already.", "Close it first.")
-    found = Route(model, tasks)
-    handle = model.register_forward_pre_hook(lambda m, a, k: _check(root, found, a, k), with_kwargs=True)
-    with _LOCK:
+    with LOCK:
+        found = Route(model, tasks)
+        handle = model.register_forward_pre_hook(lambda m, a, k: _check(root, found, a, k), with_kwargs=True)
         root.plan.routes[thread()] = found
         for (_, name), module in found.hosts.items():
             _dispatch(root, module, name)
     try:
         yield found
     finally:
-        handle.remove()
-        with _LOCK:
+        with LOCK:
+            handle.remove()
             del root.plan.routes[thread()]
             for (_, name), module in found.hosts.items():
                 _undispatch(module, name)
@@ -189,7 +183,7 @@ def route(model: nn.Module, tasks: Sequence[str | None]) -> Iterator[Route]:
 def _check(root: Root, own: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if root.plan.routes.get(thread()) is not own:
         return
-    rows = next(int(v.shape[0]) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() > 0)
+    rows = batch_size(args, kwargs)
     if rows % own.size:
         raise DeltaError(f"the route has {own.size} tasks, and the batch {rows} examples.",
                          "Name one task for each example.")

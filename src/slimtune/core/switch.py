@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from slimtune.core import blocktokens, insert, pixels, positions, promptkeys, quiet, reentrant, side, tokens, windows
-from slimtune.core.insert import CHILD, Insert, Root
+from slimtune.core.insert import CHILD, LOCK, Insert, Root
 from slimtune.core.keyvalues import unwrap
 from slimtune.core.unfreeze import base_parameters
 from slimtune.errors import DeltaError, MethodError, listing, suggest
@@ -59,23 +59,27 @@ def release(root: Root, hosts: Iterable[nn.Module]) -> None:
 
 def set_active(root: Root, names: tuple[str, ...], weights: Mapping[str, float] | None = None) -> None:
     """Let exactly these deltas run, in this order. Of tensors that several own, the last one's stands."""
-    if root.plan.active != names:
-        for delta in root.deltas.values():
-            if delta.merged:
-                raise DeltaError(f"delta '{delta.name}' is merged into the backbone.", "Call unmerge() on it first.")
-        for name in {*root.plan.active, *names} if root.plan.routes else ():  # answers in flight keep what they read
-            for own in root.deltas[name].owned:
-                for module, key in own.places:
-                    for route in list(root.plan.routes.values()):
-                        route.pin(root, module, {key: own.base})
-        for name in root.plan.active:
-            for own in root.deltas[name].owned:
-                own.swap(False)
-        root.plan.active = names
-        for name in names:
-            for own in root.deltas[name].owned:
-                own.swap(True)
-    root.plan.weights = dict(weights or {})
+    with LOCK:
+        if root.plan.active != names:
+            _swap(root, names)
+        root.plan.weights = dict(weights or {})
+
+
+def _swap(root: Root, names: tuple[str, ...]) -> None:
+    for delta in root.deltas.values():
+        if delta.merged:
+            raise DeltaError(f"delta '{delta.name}' is merged into the backbone.", "Call unmerge() on it first.")
+    before = [own for name in root.plan.active for own in root.deltas[name].owned]
+    after = [own for name in names for own in root.deltas[name].owned]
+    for route in root.plan.routes.values():  # answers in flight keep what they read
+        for own in (*before, *after):
+            for module, key in own.places:
+                route.pin(root, module, {key: own.base})
+    for own in before:
+        own.swap(False)
+    root.plan.active = names
+    for own in after:
+        own.swap(True)
 
 
 def activate(model: nn.Module, *names: str, weights: Sequence[float] | None = None) -> None:
