@@ -91,3 +91,11 @@ def test_the_start():
 def test_a_division_must_divide(values: dict[str, int], choice: str):
     with pytest.raises(MethodError, match=f"Choose a division of {choice}, or another bottleneck"):
         st.attach(tiny("bert"), Compacter(**values))
+
+
+def test_it_has_one_start():
+    """The factors start as the paper says; a setting that would change nothing is not taken."""
+    with pytest.raises(MethodError, match="init"):
+        st.methods.Compacter(init="lora")
+    with pytest.raises(MethodError, match="init"):
+        st.methods.LowRankAdapter(init="bert")

@@ -113,11 +113,14 @@ def budget() -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results on disk; those of another budget are not kept."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("budget") == budget():
-        return found
-    return {"budget": budget(), "results": {}, "validation": {}, "probe_seeds": []}
+    """The results on disk, or none. Errors: SlimtuneError for those of another budget."""
+    if not path.is_file():
+        return {"budget": budget(), "results": {}, "validation": {}, "probe_seeds": []}
+    found = json.loads(path.read_text())
+    if found.get("budget") != budget():
+        raise SlimtuneError(f"{path}: its results are of another budget.",
+                            "Write elsewhere with --out FILE, or delete it.")
+    return found
 
 
 def main() -> None:
@@ -136,7 +139,10 @@ def main() -> None:
         write_json(options.out, found | {"environment": environment()})
     elif not options.page:
         _run(options.methods or list(SETTINGS), options.validate, found, options.out)
-    if found["probe_seeds"] and all(name in found["results"] for name in PROBES):
+    lacking = [name for name in PROBES if name not in found["results"]] + ([] if found["probe_seeds"] else ["--seeds"])
+    if lacking:
+        print(f"{options.doc}: not written; run {' and '.join(lacking)} as well.")
+    else:
         write_text(options.doc, page(found))
 
 

@@ -94,12 +94,16 @@ class Adapter(Add):
             out = out * scalar(p["gain"], out)
         return layer_norm(out, p["ln"], p["ln_bias"]) if self.layer_norm == "out" else out
 
+    def reads(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
+        """u, for a placement of a subclass's own."""
+        return x if self.form == "parallel" else y
+
     def compose(self, p: Bound, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         """The new y of an update."""
         return y + update
 
     def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
-        return self.compose(p, x, y, self.update(p, x if self.form == "parallel" else y))
+        return self.compose(p, x, y, self.update(p, self.reads(p, x, y)))
 
 
 class BehindNorm(Adapter):

@@ -148,20 +148,24 @@ def compose(composition: str, module: nn.Module, query: Tensor, k: Tensor, v: Te
     """The attention's output with the extra pairs beside it. Shapes: out (B, T, H, c); k, v (B, K, l, c)."""
     scale = kwargs.get("scaling")
     scale = query.shape[-1]**-0.5 if scale is None else scale
-    repeat = query.shape[1] // k.shape[1]
-    k, v, key = (t.repeat_interleave(repeat, 1) for t in (k, v, key))
+    k, v = (_each_query_head(t, query) for t in (k, v))
     scores = query @ k.mT * scale
     if composition == "relu":
         return out + (scores.relu() @ v).transpose(1, 2)
     extra = (scores.softmax(-1) @ v).transpose(1, 2)
     if composition == "add":
         return out + extra
-    own = query @ key.mT * scale + (0 if bias is None else bias)
+    own = query @ _each_query_head(key, query).mT * scale + (0 if bias is None else bias)
     mask = _mask(module, query, key, mask, 0, kwargs)
     if mask is not None:
         own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
     gate = (scores.logsumexp(-1) - own.logsumexp(-1)).sigmoid().transpose(1, 2)[..., None]
     return (1 - gate) * out + gate * extra
+
+
+def _each_query_head(t: Tensor, query: Tensor) -> Tensor:
+    """Keys or values for each head of the query, where several share one."""
+    return t if t.shape[1] == query.shape[1] else t.repeat_interleave(query.shape[1] // t.shape[1], 1)
 
 
 def _original(module: nn.Module) -> Any:

@@ -7,6 +7,7 @@ Source: Karimi Mahabadi et al., 2021, "Compacter: Efficient Low-Rank Hypercomple
 """
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -31,11 +32,9 @@ class PHM(Adapter):
     rank: int | None = Field(1, ge=1, description="rank of B_i; none for full matrices")
     shared_rule: bool = Field(True, description="one set of A_i for all sites and both projections")
     activation: Activation = "gelu_new"
+    init: Literal["xavier"] = "xavier"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen: safe to narrow)
     sites: tuple[str, ...] = ("self.attn", "mlp")
     norms: Norms = "all"
-
-    def starts_as_identity(self) -> bool:
-        return False
 
     def resting(self) -> dict[str, str]:
         small = "the A_i start at 1e-4, as in the paper, so the first gradient is smaller than others by eight digits"

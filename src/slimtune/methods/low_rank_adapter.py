@@ -5,6 +5,8 @@
 Source: Karimi Mahabadi et al., 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", arXiv
 2106.04647, section 5.1. The paper's code multiplies s and t elementwise, which is their product at rank 1.
 """
+from typing import Literal
+
 from pydantic import Field
 from torch import Tensor
 
@@ -23,6 +25,7 @@ class LowRankAdapter(Adapter):
     bottleneck: int = Field(24, ge=1, description="k")
     rank: int = Field(1, ge=1, description="r")
     activation: Activation = "gelu_new"
+    init: Literal["xavier"] = "xavier"  # pyright: ignore[reportIncompatibleVariableOverride]  (frozen: safe to narrow)
     sites: tuple[str, ...] = ("self.attn", "mlp")
     norms: Norms = "all"
 
