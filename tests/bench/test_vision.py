@@ -1,5 +1,6 @@
 """The vision benchmark: its grid, what is kept, its page, and one cell on a tiny model."""
 import json
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ def cell(accuracy: float, title: str) -> dict:
 
 FOUND = {"cells": {"cifar10/LoRA/0": cell(0.5, "LoRA"), "cifar10/LoRA/1": cell(0.6, "LoRA"),
                    "dtd10/LoRA/0": cell(0.7, "LoRA"), "cifar10/full/0": cell(0.4, "full")},
-         "validation": {"LoRA": {"cifar10": {"0.001": 0.5}}}}
+         "validation": {title: {"cifar10": {"0.001": {"accuracy": 0.5, "setting": vision.said(
+             vision.tried(title, "0.001"))}}} for title in ("LoRA", "full")}}
 
 
 def test_a_part_of_the_grid_is_whole_seeds():
@@ -46,12 +48,33 @@ def test_the_page_shows_mean_and_spread_and_keeps_what_people_wrote():
 def test_results_of_another_setting_or_budget_are_not_kept(tmp_path, monkeypatch):
     file = tmp_path / "r.json"
     file.write_text(json.dumps(FOUND | {"budget": vision.budget()}))
-    assert set(vision.read(file)["cells"]) == set(FOUND["cells"])
-    monkeypatch.setitem(vision.SETTINGS, "full", Setting("full", 1.0))
-    assert set(vision.read(file)["cells"]) == {key for key in FOUND["cells"] if "LoRA" in key}
+    assert {key: vision.read(file)[key] for key in FOUND} == FOUND
+    monkeypatch.setitem(vision.SETTINGS, "full", Setting("full", 1.0, head=1.0))
+    found = vision.read(file)
+    assert set(found["cells"]) == {key for key in FOUND["cells"] if "LoRA" in key}
+    assert found["validation"] == {"LoRA": FOUND["validation"]["LoRA"], "full": {"cifar10": {}}}
+    assert "| full | 0.001" not in vision_page.page(found, "")
     monkeypatch.setattr(vision, "SIZE", 112)
-    assert vision.read(file)["cells"] == {}
+    assert (vision.read(file)["cells"], vision.read(file)["validation"]) == ({}, {})
     assert vision.read(tmp_path / "none.json")["cells"] == {}
+
+
+def test_trying_rates_keeps_what_another_process_wrote(tmp_path, monkeypatch):
+    file = tmp_path / "r.json"
+
+    def learn(setting, ground):
+        file.write_text(json.dumps(FOUND | {"budget": vision.budget()}))
+        return {"accuracy": setting.rate, "train_loss": 0.1, "seconds": 1.0}
+
+    monkeypatch.setattr(vision, "load", lambda *args: None)
+    monkeypatch.setattr(vision, "learn", learn)
+    monkeypatch.setattr(vision, "environment", dict)
+    vision._validate(["LoRA"], Namespace(sets=["dtd10"], images="", validate=[0.25], out=file), vision.read(file))
+    found = vision.read(file)
+    assert found["cells"] == FOUND["cells"]
+    assert found["validation"]["full"] == FOUND["validation"]["full"]
+    assert found["validation"]["LoRA"]["cifar10"] == FOUND["validation"]["LoRA"]["cifar10"]
+    assert found["validation"]["LoRA"]["dtd10"]["0.25"]["accuracy"] == 0.25
 
 
 def test_methods_that_are_not_here_are_skipped_and_said(monkeypatch, capsys):

@@ -152,6 +152,25 @@ def test_bad_input_is_exit_code_2_with_advice(cli, recipe, tmp_path, changes, sa
     assert not (tmp_path / "run").exists()
 
 
+def test_lists_are_read_from_data_path_or_from_their_own_folder(cli, recipe, gallery, tmp_path, monkeypatch):
+    names = ["test/left/0.png", "test/right/0.png"]
+    (gallery / "list.txt").write_text("".join(f"{name} {name.split('/')[1]}\n" for name in names))
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists/own.csv").write_text("\n".join(["image", *names]))
+    Image.open(gallery / names[0]).save(tmp_path / "lists/beside.png")
+    (tmp_path / "lists/own.txt").write_text(f"{names[1]}\nbeside.png\n")
+    assert cli("tune", recipe(data={"train": "train", "test": "list.txt"}), "--quiet").exit_code == 0
+    monkeypatch.chdir(tmp_path)   # the source is named from here
+    run, whole = tmp_path / "run", [line["scores"] for line in predict_run(tmp_path / "run", gallery / "list.txt")]
+    table, beside = ([line["scores"] for line in predict_run(run, f"lists/own.{end}")] for end in ("csv", "txt"))
+    assert table == whole
+    assert beside == whole[::-1]
+    (tmp_path / "lists/own.txt").write_text("gone.png\n")
+    result = cli("predict", run, "lists/own.txt")
+    assert (result.exit_code, "own.txt, line 1: no such image: gone.png" in result.stderr) == (2, True), result.stderr
+    assert f"looked for at: {gallery / 'gone.png'}, {tmp_path / 'lists/gone.png'}" in result.stderr
+
+
 def test_texts_and_images_are_not_mixed_up(cli, recipe, gallery, tmp_path):
     assert cli("tune", recipe(), "--quiet").exit_code == 0
     result = cli("predict", tmp_path / "run", "--text", "a cat")

@@ -68,6 +68,19 @@ def test_a_proposal_can_be_copied(cli, recipe, tmp_path, monkeypatch):
     assert checked.exit_code == 0, checked.output
 
 
+def test_full_tuning_of_a_run_with_other_sites_is_another_training(cli, recipe, monkeypatch):
+    from slimtune.search.intrinsic import Trials
+
+    trained = []
+    monkeypatch.setattr(Trials, "head", lambda self: 0.0)
+    monkeypatch.setattr(Trials, "part", lambda self, part, d: trained.append(part.sites) or 1.0)
+    file = recipe()
+    for sites in ("attn.q,attn.v", "attn.q,attn.k", "attn.q,attn.v"):
+        result = cli("search", "intrinsic", file, "--sites", sites, "--against", "run")
+        assert result.exit_code == 0, result.output
+    assert [sites for sites in trained if len(sites) > 1] == [("attn.q", "attn.v"), ("attn.q", "attn.k")]
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--sites", "attn.z"], "this search asked for site 'attn.z', which bert does not have."),
     (["--sites", "norm.attn"], "'norm.attn' is no weight of a linear map"),

@@ -72,6 +72,28 @@ def test_an_error_inside_leaves_modes_as_they_were():
     loss(model, batch("gpt2")).backward()
 
 
+@pytest.mark.parametrize("then", ["train", "eval"])
+def test_an_interrupt_inside_is_made_good_by_the_next_forward(then: str):
+    """torch runs no hook behind a KeyboardInterrupt."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = tiny("bert", dropout=True).train()
+    st.attach(model, LST(reduction=4))
+    handle = model.bert.encoder.layer[1].register_forward_pre_hook(interrupt)
+    with torch.enable_grad():
+        with pytest.raises(KeyboardInterrupt):
+            output(model, batch("bert"))
+        handle.remove()
+        if then == "train":
+            loss(model, batch("bert")).backward()
+            assert all(m.training for m in model.modules())
+        else:
+            model.eval()
+            assert torch.equal(output(model, batch("bert")), output(model, batch("bert")))
+            assert not any(m.training for m in model.modules())
+
+
 def test_memory_of_another_input_is_refused():
     model = tiny("t5")
     before = model.encoder(input_ids=batch("t5")["input_ids"])

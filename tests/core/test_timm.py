@@ -4,6 +4,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 import slimtune as st
 from slimtune.core import KeysValues
@@ -136,6 +137,43 @@ def test_a_prompt_stands_behind_the_registers_and_is_taken_off(pixels):
     front = torch.cat([twin.cls_token, twin.reg_token, prompt[None]], 1).expand(3, -1, -1)
     x = twin.blocks(torch.cat([front, x], 1))[:, 8:].mean(1)
     torch.testing.assert_close(model(pixels), twin.head(twin.fc_norm(x)))
+
+
+class Fused(Attention):
+    """As timm's with scaled_dot_product_attention: the rate is a child's, the flag its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        y = scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class PatchDropout(nn.Module):
+    def __init__(self, prob: float) -> None:
+        super().__init__()
+        self.prob = prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return torch.cat([x[:, :3], x[:, 3 + torch.randperm(16)[:int(16 * (1 - self.prob))]]], 1)
+
+
+@pytest.mark.parametrize("which", ["attention", "patches"])
+def test_the_backbones_dropout_is_off_while_a_prompt_trains(which: str, pixels):
+    model = standin()
+    if which == "patches":
+        model.patch_drop = PatchDropout(0.5)
+    else:
+        for block in model.blocks:
+            block.attn = Fused(32, 4).double()
+            block.attn.attn_drop.p = 0.5
+    delta = randomize(st.attach(model, st.methods.VPT(length=3, dropout=0.0)))
+    quiet = model.eval()(pixels)
+    torch.testing.assert_close(model.train()(pixels), quiet)
+    assert all(m.training for m in model.modules())
+    with delta.disabled():
+        assert not torch.allclose(model(pixels), model(pixels))
 
 
 @pytest.mark.parametrize("name", st.methods.names())

@@ -58,6 +58,51 @@ def test_a_forward_that_raised_leaves_no_token_behind(names: tuple[str, ...]):
     assert torch.equal(output(model, inputs), own)
 
 
+@pytest.mark.parametrize("names", [("deep",), ("late",), ()], ids=" ".join)
+def test_a_forward_that_raised_in_a_window_leaves_no_token_behind(names: tuple[str, ...]):
+    """Not for the same prompt, for another's whose first attention is a later one, nor for none."""
+    model, inputs = tiny("swin").double(), {"pixel_values": batch("swin")["pixel_values"].double()}
+    for name, blocks in (("deep", None), ("late", (2,))):
+        randomize(st.attach(model, VPT(length=3, blocks=blocks, path="tokens", head="none"), name=name), std=0.5)
+    st.activate(model, *names)
+    own = output(model, inputs)
+    st.activate(model, "deep")
+    query = model.swin.encoder.layers[0].blocks[1].attention.q_proj
+    handle = query.register_forward_hook(lambda m, a, y: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        output(model, inputs)
+    handle.remove()
+    st.activate(model, *names)
+    assert torch.equal(output(model, inputs), own)
+
+
+@pytest.mark.parametrize("names", [("read", "other"), ("other", "read")], ids=" ".join)
+def test_a_prompt_that_the_head_reads_stays_where_anothers_is_taken_off(names: tuple[str, ...]):
+    model, inputs = tiny("vit").double(), {"pixel_values": batch("vit")["pixel_values"].double()}
+    kinds = {"read": VPT(length=3, deep=False, pool="prompt", head="none"),
+             "other": VPT(length=2, path="tokens", head="none")}
+    for seed, (name, method) in enumerate(kinds.items()):
+        randomize(st.attach(model, method, name=name), seed, std=0.5)
+    st.activate(model, *names)
+    own = output(model, inputs)
+    found = {name: d.state() for name, d in st.deltas(model).items()}
+    for delta in st.deltas(model).values():
+        delta.detach()
+    h = model.vit.embeddings(inputs["pixel_values"])
+    p = found["read"]["vision.0.tokens.vpt.prompt"].expand(3, -1, -1)
+    for i, layer in enumerate(model.vit.layers):
+        other = found["other"][f"vision.{i}.tokens.vpt.prompt"].expand(3, -1, -1)
+        h, p, _ = layer(torch.cat([h, p, other], 1)).split([17, 3, 2], 1)
+    torch.testing.assert_close(own, model.classifier(model.vit.layernorm(p).mean(1)), atol=1e-12, rtol=1e-12)
+
+
+def test_a_mean_of_no_prompt_is_refused():
+    model = tiny("vit")
+    st.attach(model, VPT(length=3, pool="prompt"))
+    with pytest.raises(MethodError, match="no prompt to read"):
+        model.vit.layernorm(torch.zeros(3, 17, 32))  # by itself, without the blocks
+
+
 def test_a_mask_of_another_kind_is_refused():
     model, inputs = tiny("vit"), {"pixel_values": batch("vit")["pixel_values"]}
     st.attach(model, VPT(length=3, deep=False))

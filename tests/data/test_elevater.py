@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from image_toys import pixels, save, spec
 
-from slimtune.data import elevater
-from slimtune.data.metrics import METRICS
 from slimtune.data.picture import decode
 from slimtune.data.splits import read_splits
 from slimtune.errors import DataError
@@ -53,14 +51,6 @@ def test_shots_and_the_fifth_to_choose_by(home):
     assert sorted(splits.validation.columns["label"]) == ["a cat", "dog"]
     with pytest.raises(DataError, match="has no index of test"):
         read_splits(spec(layout="elevater", path=str(home)))
-
-
-def test_the_published_table():
-    assert len(elevater.TASKS) == 20
-    assert sum(task.classes for task in elevater.TASKS.values()) == 1151
-    by_class = {name for name, task in elevater.TASKS.items() if task.metric == "class_accuracy"}
-    assert by_class == {"caltech-101", "fgvc-aircraft-2013b-variants102", "oxford-flower-102", "oxford-iiit-pets"}
-    assert {task.metric for task in elevater.TASKS.values()} - set(METRICS) == {"map_11_points"}  # VOC is refused
 
 
 def test_bad_indices(home):

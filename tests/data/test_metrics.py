@@ -197,3 +197,4 @@ def test_image_classification():
     many = metrics("image_classification")([[1, 0, 0], [0, 1, 0]], [0, 1])
     assert many["class_accuracy"] == 1.0   # a class that does not occur does not count
     assert "roc_auc" not in many
+    assert "roc_auc" not in metrics("image_classification")([[1, 0], [0, 1]], [0, 0])   # no pair to rank

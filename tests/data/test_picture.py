@@ -97,7 +97,23 @@ def test_arrays_that_are_no_image(array):
 
 def test_a_bad_archive(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(DataError, match="not readable as a zip archive"):
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as out:
+        out.writestr("é.png", b"x")
+    whole = (tmp_path / "b.zip").read_bytes()
+    (tmp_path / "b.zip").write_bytes(whole.replace("é".encode(), b"\xff\xff"))  # marked as UTF-8, and is not
+    for name in ("a", "b"):
+        with pytest.raises(DataError, match="not readable as a zip archive"):
+            exists(picture_at(tmp_path, f"{name}.zip@x.png"))
+
+
+def test_an_archive_that_may_not_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.zip").write_bytes(b"x")
+
+    def denied(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(zipfile, "ZipFile", denied)
+    with pytest.raises(DataError, match=r"a.zip: cannot be read: Permission denied.$"):
         exists(picture_at(tmp_path, "a.zip@x.png"))
 
 

@@ -59,7 +59,7 @@ def test_the_model_comes_back(tmp_path, model):
     with torch.no_grad():
         assert torch.equal(loaded.base_model(pixels).last_hidden_state, model(pixels).last_hidden_state)
     taken = load_image_input(tmp_path)
-    assert (taken.size, taken.edge, taken.known, taken.positions) == (224, 256, True, 28)
+    assert (taken.size, taken.edge, taken.positions) == (224, 256, 28)
 
 
 def test_files_that_are_another(tmp_path, model):

@@ -33,7 +33,6 @@ def folder(tmp_path):
 def test_preprocessors(folder, kind, options, expected):
     key = "feature_extractor_type" if "Extractor" in kind else "image_processor_type"
     found = load_image_input(folder("vit", **{key: kind}, **options))
-    assert found.known
     assert {name: getattr(found, name) for name in expected} == expected
     assert (found.positions, found.patch) == (16, 4)
 
@@ -42,7 +41,6 @@ def test_preprocessors(folder, kind, options, expected):
                                                ("dinov2", False)])
 def test_without_a_preprocessor(folder, family, asked, caplog):
     found = load_image_input(folder(family))
-    assert not found.known
     assert found == ImageInput(edge=16, positions=16, patch=found.patch, asked=asked)
     assert "has no preprocessor_config.json; images are resized to 16" in caplog.text
 
@@ -62,3 +60,7 @@ def test_models_and_preprocessors_that_are_refused(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_channels": 1}))
     with pytest.raises(SlimtuneError, match="images of 1 channels"):
         load_image_input(tmp_path)
+    for text in ('{"model_type": "nosuch"}', "{}", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(SlimtuneError, match="transformers cannot load its config"):
+            load_image_input(tmp_path)

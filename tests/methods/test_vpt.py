@@ -5,6 +5,7 @@ from vpt_cases import EXACT, assert_same, by_block, images, run, stream
 
 import slimtune as st
 from slimtune.core.promptsite import PromptSite
+from slimtune.core.prototypes import class_means
 from slimtune.errors import DataError, MethodError
 from slimtune.methods.vpt import VPT
 from slimtune.testing import batch, check_method, meta, output, randomize, tiny
@@ -152,6 +153,17 @@ def test_a_start_from_the_classes(init: str, levels):
         own.calibrate(delta, [{"pixel_values": pixels[:1], "labels": torch.tensor([2])}])
 
 
+def test_the_classes_means_of_thousands_in_half_precision():
+    """A sum in bfloat16 would end at 256."""
+    model = tiny("vit").to(torch.bfloat16)
+    one = batch("vit", size=1)["pixel_values"].to(torch.bfloat16)
+    many = {"pixel_values": one.expand(1000, -1, -1, -1), "labels": torch.zeros(1000, dtype=torch.long)}
+    tower = st.dissect(model).tower("vision")
+    means = class_means(model, tower, [many] * 3)
+    first = model.vit.embeddings(one)[0, 0]
+    torch.testing.assert_close(means[0, 0], first.float(), atol=1e-5, rtol=1e-5)
+
+
 # training
 
 
@@ -179,7 +191,8 @@ def test_dropout_differs_from_example_to_example(settings):
     ("bert", {}, "PromptTuning"), ("gpt2", {"location": "pad"}, "PromptTuning"), ("vit", {"init": "normal"}, "xavier"),
     ("vit", {"location": "pad"}, "deep=False"), ("vit", {"deep": False, "path": "keys"}, "carry=False"),
     ("vit", {"tied": True, "deep": False}, "tied"), ("swin", {"tied": True}, "width"),
-    ("clip", {"pool": "image"}, "head"),
+    ("clip", {"pool": "image"}, "head"), ("vit", {"pool": "prompt", "blocks": (0,), "carry": False}, "carry=True"),
+    ("vit", {"pool": "image+prompt", "blocks": (0,), "carry": False}, "carry=True"),
     ("swin", {"strip": False}, "stage"), ("vit", {"location": "add", "pool": "image"}, "pool"),
     ("vit", {"location": "pixel", "deep": False, "project": 3}, "project"), ("swin", {"init": "class_final"}, "class"),
     ("vit", {"location": "below", "deep": False, "blocks": (0,)}, "blocks")], ids=str)

@@ -1,8 +1,11 @@
 """The ledger against the figures of arXiv 2110.06500's runs, its promise, and its memory."""
+import importlib
+import sys
+
 import pytest
 from privacy_toys import ledger
 
-from slimtune.errors import DeltaError, ExtraError, RecipeError, TrainError
+from slimtune.errors import DeltaError, ExtraError, RecipeError, SlimtuneError, TrainError
 from slimtune.privacy.ledger import Ledger
 from slimtune.privacy.spec import PrivacySpec
 
@@ -83,9 +86,20 @@ def test_its_state_goes_on_and_refuses_another_runs():
 
 
 def test_without_opacus_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "opacus.accountants", None)
+    monkeypatch.setitem(sys.modules, "opacus.accountants", None)
     with pytest.raises(ExtraError, match=r"slimtune\[privacy\]"):
         ledger(1.0)
+
+
+def test_an_opacus_that_cannot_be_loaded_says_why(monkeypatch):
+    def broken(name):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+
+    monkeypatch.delitem(sys.modules, "opacus.accountants", raising=False)
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(SlimtuneError, match="cannot be loaded: No module named 'scipy'") as found:
+        ledger(1.0)
+    assert isinstance(found.value.__cause__, ModuleNotFoundError)
 
 
 def test_the_spec_says_what_is_missing_or_idle():

@@ -79,6 +79,10 @@ def test_full_tuning_of_the_run_may_be_the_measure():
     anatomy = st.dissect(tiny("bert"))
     whole = together(anatomy, parts(anatomy, ["attn.q", "attn.?", "mlp.up"]))
     assert (whole.sites, whole.numbers) == (("attn.q", "attn.?", "mlp.up"), 2 * (4 * 32 * 32 + 32 * 64))
+    names = {together(anatomy, parts(anatomy, ["attn.?", "mlp.up", *more], per_block=True)).name
+             for more in ((), ("mlp.down",))}
+    assert len(names) == 2
+    assert max(map(len, names)) <= 100
 
 
 def test_parts_are_roles_or_single_sites():

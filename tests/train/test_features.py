@@ -55,6 +55,17 @@ def test_a_run_with_a_cache_is_the_run_without(tmp_path, name):
     assert entries(tmp_path / "cached") == entries(tmp_path / "plain")  # the cache is gone with the run
 
 
+def test_a_cache_that_holds_another_file_fails_no_finished_run(tmp_path, caplog):
+    def stray(event):
+        if event["event"] == "log":
+            (tmp_path / "features" / ".DS_Store").touch()
+
+    result = fit(still(M.LinearProbe()), rows(), None, collate, None, CACHED, tmp_path, report=stray)
+    assert result.steps == 9
+    assert "the feature cache was not deleted" in caplog.text
+    assert (tmp_path / "features" / ".DS_Store").is_file()
+
+
 def pad_left(batch):
     made = collate(batch)
     shift = (made["attention_mask"] == 0).sum(1)

@@ -1,6 +1,8 @@
 """Private runs: the ledger's numbers, a stop at any step, and what stands against privacy."""
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -82,16 +84,30 @@ def test_an_adaptive_clip_goes_on_where_it_was(tmp_path):
     assert sha(again) == sha(delta)
 
 
-def test_a_run_told_to_stop_says_what_it_spent(tmp_path):
+def test_a_run_told_to_stop_says_what_it_spent_and_its_delta_remembers(whole, tmp_path):
     def stop(event):
         if event["event"] == "step" and event["step"] == 2:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
 
+    delta = attached()
     with pytest.raises(Interrupted, match=r"Spent: epsilon \d"):
-        private(tmp_path / "run", report=stop)
+        private(tmp_path / "run", delta, report=stop)
+    assert delta.info["privacy"]["steps"] == 2
+    with pytest.raises(DeltaError, match="differential privacy already"):
+        private(tmp_path / "other", delta)
+    with pytest.raises(DeltaError, match="differential privacy already"):
+        private(tmp_path / "run", delta, resume=False)
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()  # what is refused costs nothing
+    _, result = private(tmp_path / "run", delta)
+    assert result.resumed_from == tmp_path / "run" / "checkpoint-2"
+    assert result.privacy == delta.info["privacy"] == whole[2].privacy
+
+
+def test_a_plain_run_that_goes_on_promises_nothing(whole, tmp_path):
+    _, result = run(tmp_path / "plain", spec=PLAIN)
+    assert result.privacy is None
+    with pytest.raises(DeltaError, match="differential privacy already"):
+        run(tmp_path / "plain", whole[1], PLAIN)
 
 
 def test_another_promise_is_refused_on_the_way(whole, tmp_path):

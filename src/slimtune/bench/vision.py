@@ -107,18 +107,32 @@ def budget() -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results on disk, a cell kept only if its setting is the present one."""
+    """The results on disk, a cell and a tried rate kept only if its setting is the present one."""
     found = json.loads(path.read_text()) if path.is_file() else {}
     if found.get("budget") != json.loads(json.dumps(budget())):
-        return {"budget": budget(), "cells": {}, "validation": found.get("validation", {})}
+        return {"budget": budget(), "cells": {}, "validation": {}}
     found["cells"] = {key: cell for key, cell in found["cells"].items()
                       if cell["setting"] == said(SETTINGS.get(key.split("/")[1]))}
+    found["validation"] = {title: {name: _now(title, scores) for name, scores in sets.items()}
+                           for title, sets in found.get("validation", {}).items()}
     return found
 
 
 def said(setting: Setting | None) -> dict[str, Any] | None:
     """A setting as JSON has it."""
     return None if setting is None else json.loads(json.dumps(setting.__dict__))
+
+
+def _now(title: str, scores: dict[str, Any]) -> dict[str, Any]:
+    """The scores of tried rates whose setting is the present one; a bare number does not say its own."""
+    return {rate: score for rate, score in scores.items()
+            if isinstance(score, dict) and score["setting"] == said(tried(title, rate))}
+
+
+def tried(title: str, rate: str) -> Setting | None:
+    """The present setting of a title with another rate; a linear probe's is that of its head."""
+    own = SETTINGS.get(title)
+    return own and replace(own, rate=float(rate), head=float(rate) if own.method == "linear_probe" else own.head)
 
 
 def known(titles: Iterable[str]) -> list[str]:
@@ -190,11 +204,13 @@ def _validate(titles: list[str], options: argparse.Namespace, found: dict[str, A
         ground = load(name, SEEDS[0], options.images, HELD_OUT)
         for title in titles:
             for rate in options.validate:
-                own = SETTINGS[title]
-                tried = replace(own, rate=rate, head=rate if own.method == "linear_probe" else own.head)
-                score = learn(tried, ground)
-                found["validation"].setdefault(title, {}).setdefault(name, {})[f"{rate:g}"] = score["accuracy"]
+                setting = tried(title, f"{rate:g}")
+                assert setting is not None
+                score = learn(setting, ground)
                 print(name, title, rate, score["accuracy"], score["train_loss"], score["seconds"], flush=True)
+                found |= read(options.out)     # another process may have added its own
+                own = found["validation"].setdefault(title, {}).setdefault(name, {})
+                own[f"{rate:g}"] = {"accuracy": score["accuracy"], "setting": said(setting)}
                 write_json(options.out, found | {"environment": environment()})
 
 

@@ -60,10 +60,10 @@ def spread(values: list[float]) -> str:
 
 
 def _note(found: Mapping[str, Any]) -> str:
-    env = found.get("environment", {})
+    env, rates = found.get("environment", {}), found.get("validation", {})
     tried = [f"| {title} | " + " | ".join(
-        ", ".join(f"{rate}: {score:.3f}" for rate, score in found["validation"][title].get(name, {}).items())
-        for name in SETS) + " |" for title in SETTINGS if title in found.get("validation", {})]
+        ", ".join(f"{rate}: {score['accuracy']:.3f}" for rate, score in rates[title].get(name, {}).items())
+        for name in SETS) + " |" for title in SETTINGS if any(rates.get(title, {}).values())]
     train, cpu = BUDGET, env.get("cpu", "an unnamed CPU")
     told = ("Test accuracy after the last epoch: mean ± sample standard deviation (seeds). Images are "
             f"{SIZE} x {SIZE}; {train.epochs:g} epochs of batch {train.batch_size}, AdamW, weight decay "

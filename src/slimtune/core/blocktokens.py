@@ -96,7 +96,7 @@ def _widen(mask: Tensor, start: int, length: int) -> Tensor:
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-    """Take the tokens off; where the method pools, the first token becomes what the head is to read."""
+    """Take a method's own tokens off; where it pools, the first token becomes what the head is to read."""
     insert: Insert = module._modules[CHILD]  # type: ignore[assignment]
     slots = insert.live("leave")
     if not slots:
@@ -104,13 +104,18 @@ def _leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     start, lengths = _span(insert.plan, slots[0].site)
     end = start + sum(lengths.values())
     h: Tensor = out[0] if isinstance(out, tuple) else out
-    image, pool, strip = h[:, end:], slots[-1].method.pool, slots[-1].method.strip
+    image, pool = h[:, end:], slots[-1].method.pool
+    if pool == "prompt" and start == end:
+        raise MethodError(f"{type(slots[-1].method).__name__}(pool='prompt') has no prompt to read at "
+                          f"{slots[-1].site.path}.", "Call the whole model, or set pool='image'.")
     if pool != "original":
         pooled = {"image": image, "prompt": h[:, start:end], "image+prompt": h[:, start:]}[pool].mean(1, True)
         h = torch.cat([pooled, h[:, 1:]], 1)
-    if strip and lengths:
-        insert.plan.take(f"tokens/{slots[0].site.tower}")
-        h = torch.cat([h[:, :start], image], 1)
+    if ending := {id(slot.method) for slot in slots if slot.method.strip} & lengths.keys():
+        parts = zip(lengths, h[:, start:end].split(list(lengths.values()), 1), strict=True)
+        kept = {owner: part for owner, part in parts if owner not in ending}
+        insert.plan.put(f"tokens/{slots[0].site.tower}", {owner: part.shape[1] for owner, part in kept.items()})
+        h = torch.cat([h[:, :start], *kept.values(), image], 1)
     return (h, *out[1:]) if isinstance(out, tuple) else h
 
 

@@ -58,5 +58,6 @@ def _means(tokens: list[Tensor], labels: list[Tensor]) -> Tensor:
     if not bool(counts.all()):
         raise DataError(f"the classes' means need examples of each class, and {int((counts == 0).sum())} of "
                         f"{len(counts)} have none.", "Give calibrate() more of the data.")
-    total = torch.zeros(every.shape[0], len(counts), every.shape[-1], device=every.device, dtype=every.dtype)
+    every = every.to(torch.promote_types(every.dtype, torch.float32))  # a sum of ones in bfloat16 ends at 256
+    total = every.new_zeros(every.shape[0], len(counts), every.shape[-1])
     return total.index_add_(1, classes, every) / counts[:, None]

@@ -26,12 +26,13 @@ def hush(build: Builder, method: Method, tower: Tower) -> None:
 
 
 def _differs(module: nn.Module) -> bool:
-    """Whether a module does something else in training; attentions read their own flag for their dropout."""
+    """Whether a module does something else in training; attentions drop by their own flag."""
     if isinstance(module, _BatchNorm):
         return True
     if hasattr(module, "gradient_checkpointing"):  # it is checkpointed in training mode only
         return False
-    rates = [v for n, v in vars(module).items() if n == "p" or "drop" in n]
+    rates = [v for n, v in vars(module).items() if n in ("p", "prob") or "drop" in n]
+    rates += [child.p for child in module.children() if isinstance(child, nn.Dropout)]  # an attention reads it there
     return any(isinstance(v, float) and v > 0 for v in rates)
 
 

@@ -168,12 +168,23 @@ def _enter(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     slots = insert.live("tower")
     if not slots:
         return
+    if slots[0].training:  # else model.eval() came behind the interrupt
+        _restore(insert.plan, slots[0].site.tower)
     quiet = [] if not any(slot.method.quiet for slot in slots) else [
         m for m in tower.modules() if m.training and not (isinstance(m, Slot) and isinstance(m.method, Side))]
     for module in quiet:
-        module.training = False
+        module.__dict__["training"] = False  # Module.__setattr__ takes longer than the walk
     insert.plan.put(f"side/{slots[0].site.tower}", (torch.is_grad_enabled(), quiet))
     _set_grad(False)
+
+
+def _restore(plan: Plan, tower: str) -> None:
+    """The modes as the tower was called in; a KeyboardInterrupt runs no hook, and the next forward finds them."""
+    grad, quiet = plan.take(f"side/{tower}", (None, ()))
+    for module in quiet:
+        module.__dict__["training"] = True
+    if grad is not None:
+        _set_grad(grad)
 
 
 def _leave(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
@@ -181,11 +192,7 @@ def _leave(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     insert: Insert = tower._modules[CHILD]  # type: ignore[assignment]
     for name, slot in insert.named("tower"):
         here = slot.site.tower
-        grad, quiet = insert.plan.take(f"side/{here}", (None, ()))
-        for module in quiet:
-            module.training = True
-        if grad is not None:
-            _set_grad(grad)
+        _restore(insert.plan, here)
         for key in ("state", "bias"):
             insert.plan.take(f"side/{name}/{here}/{key}")
         memory = insert.plan.peek(f"side/{name}/memory")

@@ -27,7 +27,7 @@ from slimtune.errors import MethodError, listing
 
 
 class VisualPrompt(Method):
-    """The primitive of visual prompts. A subclass states `params` (or `shared`), `tokens` and `rate`.
+    """The primitive of visual prompts. A subclass states `params` (and `shared`), `tokens` and `rate`.
 
     deep: each of the blocks has its own prompt, or the first of them one that goes on through all behind it.
     carry: behind the last block that has a prompt of its own, what became of it goes on; else it is taken off.
@@ -100,6 +100,9 @@ class VisualPrompt(Method):
         if self.backbone_eval:
             hush(build, self, tower)
         steps = list(self._steps(build, tower))
+        if "prompt" in self.pool and steps[-1][1] not in ("tokens", "kept"):
+            raise MethodError(f"{type(self).__name__}(pool='{self.pool}') has no prompt to read: none is left behind "
+                              "the last block.", "Leave carry=True, give the last block a prompt, or set pool='image'.")
         for site, how in steps:
             site = self.fitted(build, site, tower)
             put = put_keys if how == "keys" else put_windows if tower.grid else put_tokens

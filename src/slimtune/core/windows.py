@@ -71,8 +71,9 @@ def _open(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 
 def _into(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Windows with the image's prompt in front. Shapes: x (B W, n, d), prompts (B, l, d), mask (W, n, n)."""
-    insert, _ = _live(attention, "window")
+    insert: Insert = attention._modules[CHILD]  # type: ignore[assignment]
     if "prompts" not in kwargs:
+        insert.plan.take("window")  # of a forward that raised
         return None
     kwargs = dict(kwargs)
     prompts, x, mask = kwargs.pop("prompts"), args[0], args[1]
@@ -83,14 +84,14 @@ def _into(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _bias(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Any:
-    insert, _ = _live(table, "window")
+    insert: Insert = table._modules[CHILD]  # type: ignore[assignment]
     _, length = insert.plan.peek("window", (0, 0))
     return pad(out, (length, 0, length, 0)) if length else None
 
 
 def _out(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
     """The windows, and each image's mean of what its windows made of the prompt, (B, l, d)."""
-    insert, _ = _live(attention, "window")
+    insert: Insert = attention._modules[CHILD]  # type: ignore[assignment]
     batch, length = insert.plan.take("window", (0, 0))
     if not length:
         return None

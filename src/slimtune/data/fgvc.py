@@ -6,7 +6,6 @@ the training data where the set has no validation data of its own, and is never 
 Source: Jia et al., 2022, "Visual Prompt Tuning", arXiv 2203.12119, appendix.
 """
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from slimtune.data.imagetables import make_table
@@ -16,20 +15,6 @@ from slimtune.data.spec import DataSpec
 from slimtune.data.tables import Table, read_text
 from slimtune.errors import DataError
 
-
-@dataclass(frozen=True)
-class Task:
-    """Classes and images of a set's splits."""
-
-    classes: int
-    train: int
-    validation: int
-    test: int
-
-
-TASKS = {"cub": Task(200, 5394, 600, 5794), "nabirds": Task(555, 21536, 2393, 24633),
-         "flowers": Task(102, 1020, 1020, 6149), "dogs": Task(120, 10800, 1200, 8580),
-         "cars": Task(196, 7329, 815, 8041)}
 FILES = ("train.json", "val.json", "test.json")
 
 

@@ -40,7 +40,6 @@ class ImageRows(Sequence[Row]):
                     self.kept = None
         self.pictures = [pictures[i] for i in good]
         self.labels = None if labels is None else [labels[i] for i in good]
-        self.places = good
 
     def _try(self, picture: Picture) -> Tensor | CorruptImageError:
         try:

@@ -57,17 +57,22 @@ def make_table(name: str, found: Sequence[Any], labels: Sequence[Any] | None, sp
 def pictures(table: Table, spec: DataSpec, root: Path) -> Table:
     """A table whose image column holds paths, bytes, or {bytes, path}, with pictures in their place.
 
-    Paths are taken from spec.path, or from `root`. Errors: DataError naming the row.
+    Paths are taken from spec.path, else from `root`. Errors: DataError naming the row.
     """
     if spec.image not in table.columns:
         raise DataError(f"{table.name}: no column '{spec.image}' (data.image).",
                         f"It has: {listing(table.columns)}", "Set data.image to the one with the images.")
-    home = Path(spec.path).expanduser() if spec.path else root
-    made = [_picture(value, home, table.place(row)) for row, value in enumerate(table.columns[spec.image])]
+    roots = _roots(spec, root)
+    made = [_picture(value, roots, table.place(row)) for row, value in enumerate(table.columns[spec.image])]
     return Table(table.name, {**table.columns, spec.image: made}, table.numbers, table.unit)
 
 
-def _picture(value: Any, root: Path, place: str) -> Picture:
+def _roots(spec: DataSpec, own: Path) -> tuple[Path, ...]:
+    """Where relative names are looked for, in this order."""
+    return (Path(spec.path).expanduser(), own) if spec.path else (own,)
+
+
+def _picture(value: Any, roots: tuple[Path, ...], place: str) -> Picture:
     if isinstance(value, Picture):
         return value
     if isinstance(value, dict):
@@ -76,15 +81,20 @@ def _picture(value: Any, root: Path, place: str) -> Picture:
     if isinstance(value, bytes):
         return Picture(place, data=value)
     if isinstance(value, str) and value.strip():
-        return _found(picture_at(root, value.strip()), place)
+        return _found(value.strip(), roots, place)
     raise DataError(f"{place}: holds no image: {str(value)[:60]!r}.", "An image is a path, or the bytes of a file.")
 
 
-def _found(picture: Picture, place: str) -> Picture:
-    if not exists(picture):
-        raise DataError(f"{place}: no such image: {picture.name}.", f"It was looked for at {picture.path}"
-                        + (f", member {picture.member}" if picture.member else ""),
-                        "Set data.path to the folder that its paths are taken from.")
+def _at(name: str, roots: tuple[Path, ...]) -> Picture | None:
+    return next((picture for root in roots if exists(picture := picture_at(root, name))), None)
+
+
+def _found(name: str, roots: tuple[Path, ...], place: str) -> Picture:
+    picture = _at(name, roots)
+    if picture is None:
+        raise DataError(f"{place}: no such image: {name}.",
+                        f"It was looked for at: {', '.join(dict.fromkeys(str(root / name) for root in roots))}",
+                        "Give a whole path, or one from data.path or from the folder of the list.")
     return picture
 
 
@@ -145,17 +155,17 @@ def _zip(path: Path, spec: DataSpec, labelled: bool) -> Table:
 def read_list(path: Path, spec: DataSpec, root: Path | None = None, labelled: bool = True) -> Table:
     """Lines of 'path label': the label is what stands behind the last space; a path may hold spaces.
 
-    Paths are taken from `root`, else spec.path, else the list's own folder. Errors: DataError naming the line.
+    Paths are taken from `root` alone, or from spec.path, else the list's own folder. Errors: DataError naming the line.
     """
-    home = root or (Path(spec.path).expanduser() if spec.path else path.parent)
+    roots = (root,) if root else _roots(spec, path.parent)
     found, labels, numbers = [], [], []
     for number, line in enumerate(read_text(path, spec.encoding).splitlines(), 1):
         if not line.strip():
             continue
         name, label = split_line(line, f"{path}, line {number}") if labelled else (line.strip(), "")
-        if not labelled and len(line.split()) > 1 and not exists(picture_at(home, name)):
+        if not labelled and len(line.split()) > 1 and _at(name, roots) is None:
             name, _ = split_line(line, f"{path}, line {number}")  # the list of a labelled split
-        found.append(_found(picture_at(home, name), f"{path}, line {number}"))
+        found.append(_found(name, roots, f"{path}, line {number}"))
         labels.append(label)
         numbers.append(number)
     return make_table(str(path), found, labels if labelled else None, spec, numbers, "line")
@@ -238,7 +248,7 @@ def _arrays(path: Path, images: Any, labels: Any, spec: DataSpec) -> Table:
     found = [Picture(f"{path.name}, image {i + 1}", data=images[i]) for i in range(len(images))]
     if labels is None:
         return make_table(str(path), found, None, spec)
-    flat = labels.reshape(len(labels), -1) if len(labels) else labels
+    flat = labels.reshape(len(labels), -1) if labels.ndim and len(labels) else labels
     if flat.ndim != 2 or flat.shape[1] != 1:
         raise DataError(f"{path}: labels of shape {tuple(labels.shape)}; one an image is expected.")
     return make_table(str(path), found, flat[:, 0].tolist(), spec)

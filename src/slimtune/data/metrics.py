@@ -43,7 +43,7 @@ def metrics(task: str) -> Score:
 
     classification: class ids [N], or scores [N, C] -> accuracy, macro_f1, and matthews for two classes.
     image_classification: as classification -> accuracy, class_accuracy (the mean over the classes that occur),
-        macro_f1, and for scores of two classes roc_auc.
+        macro_f1, and for scores of two classes, where both occur, roc_auc.
     regression: numbers [N] or [N, 1] -> pearson, spearman, mse. A constant has correlation 0 here.
     token_classification: tag names, a list for each sentence -> accuracy, token_f1 (micro, over what is
         not O), and entity_f1 (spans of the same type and bounds) where all tags are BIO. See `tag_names`.
@@ -101,8 +101,8 @@ def _image_classification(predictions: Any, references: Any) -> dict[str, float]
     result = {name: value for name, value in _classification(scores, truth).items() if name != "matthews"}
     result["class_accuracy"] = recall_score(truth, guess, labels=sorted(set(truth.tolist())), average="macro",
                                             zero_division=0)  # type: ignore[arg-type]
-    if scores.ndim == 2 and scores.shape[1] == 2:
-        result["roc_auc"] = roc_auc_score(truth, scores[:, 1] - scores[:, 0]) if len(set(truth.tolist())) == 2 else 0.0
+    if scores.ndim == 2 and scores.shape[1] == 2 and len(set(truth.tolist())) == 2:
+        result["roc_auc"] = roc_auc_score(truth, scores[:, 1] - scores[:, 0])
     return result
 
 

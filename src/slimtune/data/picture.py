@@ -66,7 +66,9 @@ def archive(path: Path) -> zipfile.ZipFile:
         return _archive(str(path), stamp.st_mtime_ns, stamp.st_size, os.getpid())
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from None
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:  # damaged
         raise DataError(f"{path}: not readable as a zip archive: {error}.", "Is it whole? Fetch it again.") from None
 
 

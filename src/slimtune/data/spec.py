@@ -112,7 +112,7 @@ class DataSpec(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> "DataSpec":
         if not (self.train or self.test or self.dataset or self.layout):
-            raise ValueError("give train, test or dataset: there is nothing to read")
+            raise ValueError("give train, test, dataset or layout: there is nothing to read")
         if self.header and self.columns is not None:
             raise ValueError("columns is for files without a header: set header=false too, or leave it out")
         if not self.header and not self.columns:

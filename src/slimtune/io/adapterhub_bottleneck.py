@@ -22,7 +22,7 @@ from slimtune.io.adapterhub_config import ACTIVATIONS, Bottleneck, refuse
 from slimtune.io.adapterhub_names import PLACES, Hub
 from slimtune.io.adapterhub_parts import SHARED, Ledger, Read, read_as
 from slimtune.io.adapterhub_stream import norm_role
-from slimtune.io.peft_folder import NOTHING
+from slimtune.io.delta_folder import NOTHING
 from slimtune.io.peft_names import site_patterns
 
 Order: TypeAlias = Literal["sub", "stream", "norm", "parallel"]

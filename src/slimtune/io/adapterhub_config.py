@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimtune.errors import DeltaError, listing, suggest
-from slimtune.io.peft_folder import CONFIG, NOTHING
+from slimtune.io.delta_folder import CONFIG, NOTHING
 
 
 class Part(BaseModel):
@@ -91,7 +91,6 @@ _REMEDY = {
     "use_dora": "It is DoRA. Merge it in the library, or train a LoRA.",
     "vera_d": "It is VeRA. Merge it in the library, or train a LoRA.",
     "vera_b": "It is VeRA. Merge it in the library, or train a LoRA.",
-    "inv_adapter": "It changes the embeddings and has no place here.",
 }
 _RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_new", "gelu_fast": "gelu_new", "tanh": "tanh",
@@ -162,7 +161,7 @@ def _part(config: Mapping[str, Any], where: str) -> Part:
     _unknown(config, {*cls.model_fields, *_START, *_NEUTRAL[cls]}, where)
     for key, why in _REMEDY.items():
         value = getattr(part, key, None)
-        if key != "inv_adapter" and value is not None and value is not False:  # 0.0 is a value
+        if value is not None and value is not False:  # 0.0 is a value
             raise refuse(where, key, value, why)
     if isinstance(part, Lora) and part.composition_mode == "scale":
         for key, wanted in (("r", 1), ("alpha", 1), ("dropout", 0.0)):
@@ -182,4 +181,4 @@ def check_inverse(part: Bottleneck, kind: Any, keys: list[str], where: str) -> N
     """Errors: DeltaError for invertible adapters; task adapters of old files name some that they do not have."""
     held = any("invertible" in key for key in keys)
     if part.inv_adapter is not None and (held or kind != "text_task"):
-        raise refuse(where, "inv_adapter", part.inv_adapter, _REMEDY["inv_adapter"])
+        raise refuse(where, "inv_adapter", part.inv_adapter, "It changes the embeddings and has no place here.")

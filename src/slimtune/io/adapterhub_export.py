@@ -1,6 +1,6 @@
 """Our methods as parts of an AdapterHub config, each with its tensors: the way back of bottleneck and linear."""
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Piece:
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    places: set[tuple[int, str]]
+    places: set[tuple[int, str]] = field(default_factory=set)  # of bottlenecks
 
     @property
     def kind(self) -> Any:
@@ -187,8 +187,7 @@ def export_linear(hub: Hub, method: LoRA | IA3, slots: Sequence[Slot]) -> list[P
                     for n, t in zip(names, values, strict=False)}
     config = {**_START, "architecture": "lora", "init_weights": "lora" if isinstance(method, LoRA) else "ia3",
               "dtype": None, **part.model_dump()}
-    kinds = {"selfattn": bool(letters), "intermediate": part.intermediate_lora, "output": part.output_lora}
-    return [Piece(config, tensors, {(i, kind) for i in layers for kind, has in kinds.items() if has})]
+    return [Piece(config, tensors)]
 
 
 def export_prefix(hub: Hub, method: PrefixTuning, slots: Sequence[Slot]) -> list[Piece]:
@@ -216,7 +215,7 @@ def export_prefix(hub: Hub, method: PrefixTuning, slots: Sequence[Slot]) -> list
         if pairs:
             tensors[f"prefix_tuning.prefix_tunings.{{}}.{location}.control_trans"] = torch.cat(pairs, -1).flatten()
     config = {**_START, "architecture": "prefix_tuning", "shared_gating": True, **part.model_dump()}
-    return [Piece(config, tensors, {(i, "prefix") for i in layers})]
+    return [Piece(config, tensors)]
 
 
 def export(hub: Hub, method: Method, slots: Sequence[Slot]) -> list[Piece]:

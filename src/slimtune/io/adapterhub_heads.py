@@ -11,7 +11,7 @@ from slimtune.core.insert import CHILD, Root
 from slimtune.core.unfreeze import base_parameters
 from slimtune.errors import DeltaError, listing
 from slimtune.io.adapterhub_folder import HEAD_CONFIG
-from slimtune.io.peft_folder import NOTHING
+from slimtune.io.delta_folder import NOTHING
 
 ALONE = f"To load the adapter alone, take {HEAD_CONFIG} and the head's tensors out of the folder."
 ENDINGS = {"classification": "ForSequenceClassification", "image_classification": "ForImageClassification",

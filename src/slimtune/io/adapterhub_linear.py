@@ -8,7 +8,7 @@ from slimtune.errors import DeltaError
 from slimtune.io.adapterhub_config import ACTIVATIONS, Lora, Prefix, refuse
 from slimtune.io.adapterhub_names import LINEARS, Hub
 from slimtune.io.adapterhub_parts import Ledger, Read, read_as
-from slimtune.io.peft_folder import NOTHING
+from slimtune.io.delta_folder import NOTHING
 from slimtune.io.peft_names import site_patterns
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.sites import Site, join
 from slimtune.errors import DeltaError, listing, suggest
-from slimtune.io.peft_folder import NOTHING
+from slimtune.io.delta_folder import NOTHING
 
 PLACES = {"attn": "mh_adapter", "cross.attn": "cross_adapter", "mlp": "output_adapter"}
 """A sub-layer, and the key of the config that gives it a bottleneck."""

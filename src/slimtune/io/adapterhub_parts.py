@@ -9,7 +9,7 @@ from torch import Tensor
 from slimtune.core.method import Method, from_config, key_of
 from slimtune.errors import DeltaError, listing, suggest
 from slimtune.io.adapterhub_names import Hub, parse_key
-from slimtune.io.peft_folder import NOTHING
+from slimtune.io.delta_folder import NOTHING
 
 SHARED = "shared"
 

@@ -17,7 +17,7 @@ from slimtune.io.adapterhub_heads import read_head_state
 from slimtune.io.adapterhub_linear import read_lora, read_prefix
 from slimtune.io.adapterhub_names import Hub
 from slimtune.io.adapterhub_parts import Ledger, Read, assemble
-from slimtune.io.peft_folder import CONFIG, NOTHING
+from slimtune.io.delta_folder import CONFIG, NOTHING
 
 
 def load_adapterhub(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta:

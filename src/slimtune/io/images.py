@@ -25,7 +25,6 @@ class ImageInput:
     crop: side of the centre that is cut out; None: nothing is. scale: what a byte is multiplied by.
     positions: side of the images whose positions the model has; asked: whether it must be asked to fit them to others
     (`interpolate_pos_encoding=True`); fits: whether it can. patch: side of a patch; None where any size will do.
-    known: whether a preprocessor file said so, or these are defaults.
 
     Example:
         >>> eye = ImageInput(positions=518, patch=14)
@@ -44,7 +43,6 @@ class ImageInput:
     patch: int | None = None
     asked: bool = False
     fits: bool = True
-    known: bool = False
 
     @property
     def size(self) -> int | None:
@@ -74,7 +72,7 @@ def load_image_input(name_or_path: str | Path) -> ImageInput:
         log.warning("%s: has no preprocessor_config.json; images are resized to %s and normalised as ImageNet's "
                     "(data.size, data.resize and data.normalize change that)", source, facts["positions"] or 224)
         return ImageInput(edge=facts["positions"] or 224, **facts)
-    return ImageInput(**told, **facts, known=True)
+    return ImageInput(**told, **facts)
 
 
 def _side(value: Any) -> int | None:

@@ -145,11 +145,14 @@ def load_model(name_or_path: str | Path, task: Task, *, num_labels: int | None =
 
 
 def model_config(source: Path | str, **options: Any) -> Any:
-    """The config of a folder or hub name, no code of which runs."""
+    """The config of a folder or hub name, no code of which runs. Errors: SlimtuneError."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(str(source), local_files_only=isinstance(source, Path), trust_remote_code=False,
-                                      **options)
+    try:
+        return AutoConfig.from_pretrained(str(source), local_files_only=isinstance(source, Path),
+                                          trust_remote_code=False, **options)
+    except Exception as error:  # transformers has no kind of its own
+        raise _unreadable(source, "config", error) from error
 
 
 def _config(source: Path | str, task: Task, num_labels: int | None, label_names: Sequence[str]) -> Any:

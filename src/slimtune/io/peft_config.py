@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slimtune.errors import DeltaError, listing, suggest
-from slimtune.io.peft_folder import CONFIG, NOTHING
+from slimtune.io.delta_folder import CONFIG, NOTHING
 
 Targets = list[str] | str | None
 

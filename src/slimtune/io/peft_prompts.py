@@ -17,8 +17,8 @@ from slimtune.core.anatomy import Anatomy
 from slimtune.core.method import from_config
 from slimtune.core.sites import Site
 from slimtune.errors import DeltaError, listing
+from slimtune.io.delta_folder import NOTHING
 from slimtune.io.peft_config import PrefixFields, PromptFields
-from slimtune.io.peft_folder import NOTHING
 from slimtune.io.peft_names import site_patterns
 from slimtune.io.peft_weights import Found, Source
 from slimtune.methods.prefix_tuning import PrefixTuning

@@ -10,8 +10,9 @@ from slimtune.core.delta import Delta
 from slimtune.core.insert import CHILD, Root
 from slimtune.core.unfreeze import base_parameters
 from slimtune.errors import DeltaError, SlimtuneError, listing
+from slimtune.io.delta_folder import NOTHING
 from slimtune.io.peft_config import read_config
-from slimtune.io.peft_folder import NOTHING, read_peft
+from slimtune.io.peft_folder import read_peft
 from slimtune.io.peft_names import Modules
 from slimtune.io.peft_prompts import read_prefix, read_prompt
 from slimtune.io.peft_weights import READERS, Found, Source, norm_method

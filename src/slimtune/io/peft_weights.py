@@ -13,8 +13,8 @@ from torch import Tensor
 from slimtune.core.method import Method, from_config
 from slimtune.core.sites import Site
 from slimtune.errors import DeltaError, listing
+from slimtune.io.delta_folder import NOTHING
 from slimtune.io.peft_config import Ia3Fields, LoraFields, Targeted
-from slimtune.io.peft_folder import NOTHING
 from slimtune.io.peft_names import NORM, Modules, linear_sites, no_site, pattern_value, site_patterns
 
 

@@ -44,19 +44,19 @@ class DoRA(Add):
                 "m": of_weight(site.d_out, start=lambda weight, _: _square(weight).sqrt())}
 
     def forward(self, p: Bound, x: Tensor, y: Tensor) -> Tensor:
-        g, bias = p["m"] / self._norm(p, p.base), p.base_bias
+        g, bias = p["m"] / self._norm(p), p.base_bias
         product = y if bias is None else y - bias
         y = y + vector(g - 1, y) * product  # where g is 1, y itself
         return low_rank_add(y, x, p["A"], g[..., None] * p["B"], self.scale, self.dropout, p.training)
 
     def fold(self, p: Bound, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        g = p["m"] / self._norm(p, p.base)
+        g = p["m"] / self._norm(p)
         return g[:, None] * (weight + self.scale * p["B"] @ p["A"]), bias
 
     @torch.no_grad()
-    def _norm(self, p: Bound, weight: Tensor) -> Tensor:
+    def _norm(self, p: Bound) -> Tensor:
         """||W0 + s B A|| of each row, (d_out): the root of W0 W0^T + 2 s B A W0^T + s^2 B A A^T B^T's diagonal."""
-        A, B = p["A"], p["B"]
+        A, B, weight = p["A"], p["B"], p.base
         mixed, own = (weight @ A.mT * B).sum(-1), (B @ (A @ A.mT) * B).sum(-1)
         square = _square(weight) + 2 * self.scale * mixed + self.scale**2 * own
         least = torch.finfo(square.dtype).tiny  # a row of zeros stays one

@@ -27,7 +27,8 @@ class LoKr(Add):
 
     rank: int = Field(8, ge=1, description="r")
     alpha: float = Field(8.0, description="the update is scaled by alpha / rank")
-    factor: int | None = Field(None, ge=1, description="a and c; the largest divisor below it, where it is none")
+    factor: int | None = Field(None, ge=1, description="a and c; where it divides not, the largest divisor up to it "
+                               "and to the width's root")
     sites: tuple[str, ...] = ("attn.q", "attn.v")
 
     silent: ClassVar[dict[str, str]] = {
@@ -60,8 +61,8 @@ def split(width: int, factor: int | None = None) -> tuple[int, int]:
     """Two numbers whose product is the width.
 
     Example:
-        >>> split(768), split(768, factor=8), split(768, factor=7)
-        ((24, 32), (8, 96), (6, 128))
+        >>> split(768), split(768, factor=8), split(768, factor=7), split(768, factor=100)
+        ((24, 32), (8, 96), (6, 128), (24, 32))
     """
     if factor is not None and width % factor == 0:
         return factor, width // factor

@@ -42,10 +42,9 @@ def probe(delta: Delta, batch: Mapping[str, Any]) -> None:
     swapped = torch.tensor([1, *range(1, size)])
     other = {key: value[swapped.to(value.device)] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
              for key, value in batch.items()}
-    state = torch.get_rng_state()
-    one = _gradients(delta, batch)
-    torch.set_rng_state(state)  # the same dropout
-    two = _gradients(delta, other)
+    with torch.random.fork_rng():
+        one = _gradients(delta, batch)
+    two = _gradients(delta, other)  # with the same dropout
     for name, grad in one.items():
         gap, scale = float((grad[1:] - two[name][1:]).abs().max()), float(grad[1:].abs().max())
         if not gap <= 1e-3 * max(scale, 1e-6):

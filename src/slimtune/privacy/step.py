@@ -30,8 +30,9 @@ LEAST, MOST = 1e-8, 1e8
 class PrivateStep:
     """The gradient of one step: `begin()`, `add(batch)` for each of its batches, `finish(step)`; then p.grad is set.
 
-    secret: what the noise is made from (see draws.py). live: names of state with a gradient of the examples, before
-    noise. Errors: DeltaError when a trained tensor has no gradient for each example.
+    secret: what the noise is made from (see draws.py).
+
+    Errors: DeltaError when a trained tensor has no gradient for each example.
     """
 
     def __init__(self, delta: Delta, optimizer: torch.optim.Optimizer, ledger: Ledger, secret: Tensor) -> None:
@@ -43,7 +44,6 @@ class PrivateStep:
             raise DeltaError("the optimizer does not hold exactly what the delta trains.",
                              "Make it from delta.parameters().")
         self.optimizer.attach_step_hook(lambda _: ledger.charge())
-        self.live: set[str] = set()
         self.begin()
 
     def _generator(self) -> torch.Generator:
@@ -83,8 +83,6 @@ class PrivateStep:
 
         What the methods add to the loss by themselves (Delta.penalty) holds no data, and is added behind the noise.
         """
-        self.live = {name for name, p in self.named.items()
-                     if p.summed_grad is not None and bool(p.summed_grad.any())}  # type: ignore[attr-defined]
         for p in self.named.values():
             p.grad_sample = p.new_zeros(0, p.numel())  # type: ignore[attr-defined]
         rekey(self.optimizer.generator, self.secret, f"noise of step {step}")
@@ -96,6 +94,12 @@ class PrivateStep:
             for p, grad in zip(values, torch.autograd.grad(extra, values, allow_unused=True), strict=True):
                 if grad is not None:
                     p.grad += grad  # type: ignore[operator]
+
+    @property
+    def live(self) -> set[str]:
+        """Names of state with a gradient of the step's examples, before noise; until the next `begin`."""
+        return {name for name, p in self.named.items()
+                if p.summed_grad is not None and bool(p.summed_grad.any())}  # type: ignore[attr-defined]
 
     @property
     def clip(self) -> float:

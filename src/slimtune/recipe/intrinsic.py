@@ -74,7 +74,6 @@ def search_intrinsic(recipe: Recipe, search: Search, sites: Sequence[str] = (), 
     anatomy = dissect(loaded.model)
     chosen = parts(anatomy, sites or [r for r in ROLES if r in anatomy.roles], per_block)
     search_by = {"metric": trials.metric, "steps": steps, "learning_rate": learning_rate}
-    started = time.monotonic()
     with begun(recipe, True):
         book = _Book(recipe.folder / FILE, search_by, trials, report or (lambda event: None))
         write_json(recipe.folder / ENV, environment())
@@ -85,8 +84,7 @@ def search_intrinsic(recipe: Recipe, search: Search, sites: Sequence[str] = (), 
         table = ranked([measure(part, book.part, head, search, trials.higher, whole) for part in chosen])
         proposal = propose(loaded, lowest(table))
         values = {"slimtune": version("slimtune"), "model": recipe.model, **search_by, "search": asdict(search),
-                  "trainings": book.scores, "head": head, "parts": [_row(m) for m in table], "proposal": proposal,
-                  "seconds": time.monotonic() - started}
+                  "trainings": book.scores, "head": head, "parts": [_row(m) for m in table], "proposal": proposal}
         write_json(recipe.folder / FILE, values)
         shutil.rmtree(trials.folder, ignore_errors=True)
     return Found(recipe.folder, table, proposal, book.ran, values)

@@ -13,7 +13,7 @@ from slimtune.data import DataSpec, prepare
 from slimtune.data.columns import word_column
 from slimtune.data.examples import Examples
 from slimtune.data.imagerows import ImageRows
-from slimtune.data.imagetables import pictures, read_images
+from slimtune.data.imagetables import TABLES, pictures, read_images
 from slimtune.data.tables import Table, read_table, read_text
 from slimtune.data.tasks import FAMILIES, prepare_unlabelled
 from slimtune.errors import DataError, RecipeError, listing
@@ -90,11 +90,12 @@ def predict_run(folder: Path | str, source: Path | str | Iterable[str | dict[str
     """Predictions of a run, one plain mapping an input; see `slimtune.recipe.scoring.tell`.
 
     source: a file with the columns of the recipe's data (a .txt file holds one text a line), or texts, or
-    mappings with those columns. For images: an image, a folder or .zip of them, what the recipe could read, or paths.
+    mappings with those columns. For images: an image, a folder or .zip of them, what the recipe could read, or paths;
+    names in a list or table are taken from the recipe's data.path, else from its own folder.
     Errors: RecipeError, DataError, DeltaError.
     """
     _, recipe = open_run(folder)
-    spec = recipe.data.model_copy(update={"pack": False, "path": None})
+    spec = recipe.data.model_copy(update={"pack": False})
     table = table_of(source, spec)
     tuned = load_run(folder)
     if spec.task == "image_classification":
@@ -151,12 +152,16 @@ def table_of(source: Path | str | Iterable[str | dict[str, Any]], spec: DataSpec
 
 
 def _table_of_images(source: Path | str | Iterable[str | dict[str, Any]], spec: DataSpec) -> Table:
+    here = spec.model_copy(update={"path": None})  # the source is named from where one is, not from data.path
     if isinstance(source, Path | str):
-        return read_images(str(source), spec, "test", labelled=False)
+        path = Path(source).expanduser()
+        if path.suffix.lower() in (".txt", *TABLES):
+            return read_images(str(path.absolute()), spec, "test", labelled=False)
+        return read_images(str(path), here, "test", labelled=False)
     values = [row.get(spec.image) if isinstance(row, dict) else row for row in source]
     if not values:
         raise DataError("there is no input to predict on.", "Give images: slimtune predict RUN --image photo.jpg")
-    return pictures(Table("input", {spec.image: values}, list(range(1, len(values) + 1)), "image"), spec, Path())
+    return pictures(Table("input", {spec.image: values}, list(range(1, len(values) + 1)), "image"), here, Path())
 
 
 def parse_lines(lines: Iterable[str]) -> list[str | dict[str, Any]]:

@@ -12,6 +12,7 @@ moves each weight as far at every d.
 Source: Li et al., 2018, "Measuring the Intrinsic Dimension of Objective Landscapes", arXiv 1804.08838; of single
 submodules: He et al., 2023, "Parameter-Efficient Model Adaptation for Vision Transformers", arXiv 2203.16329.
 """
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from slimtune.train.predict import Step
 from slimtune.train.spec import TrainSpec
 
 ROLES = ("attn.q", "attn.v", "mlp.up", "mlp.down")
+LONGEST = 100
+"""Characters of a part's name: trainings' folders are named by it."""
 Of = Literal["score", "gain"]
 Against = Literal["part", "run"]
 
@@ -134,9 +137,15 @@ def measure(part: Part, score: Callable[[Part, int], float], head: float, search
 
 
 def together(anatomy: Anatomy, parts: Sequence[Part]) -> Part:
-    """All parts as one, for full tuning of the run; a site that several have counts once."""
+    """All parts as one, for full tuning of the run; a site that several have counts once.
+
+    Its name is made of theirs: what is trained is another thing for other parts.
+    """
+    name = "+".join(part.name for part in parts)
+    if len(name) > LONGEST:
+        name = f"{len(parts)}-parts-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     sites = tuple(name for part in parts for name in part.sites)
-    return Part("run", sites, sum(s.d_in * s.d_out for s in anatomy.select(sites)))
+    return Part(name, sites, sum(s.d_in * s.d_out for s in anatomy.select(sites)))
 
 
 def ranked(found: Sequence[Measured]) -> list[Measured]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from slimtune.core.cut import cut
 from slimtune.core.delta import Delta
@@ -27,7 +26,7 @@ from slimtune.errors import DataError, TrainError
 from slimtune.train.featurefile import FeatureFile, Filling, States, discard
 from slimtune.train.features import INDEX, Features, Numbered, numbered
 from slimtune.train.guard import Interrupted
-from slimtune.train.predict import autocast
+from slimtune.train.predict import autocast, on_device
 from slimtune.train.signals import Signals
 from slimtune.train.spec import TrainSpec
 from slimtune.train.survey import joined, survey
@@ -47,11 +46,8 @@ def open_features(delta: Delta, data: Any, collate: Collate, spec: TrainSpec, fo
     train.cache names it is refused. Errors: MethodError when nothing of the model is frozen for this delta;
     DataError for a cache that does not fit; TrainError for a disk without room; Interrupted.
     """
-    device = next(delta.model.parameters()).device
-
     def batch(examples: Sequence[int]) -> dict[str, Any]:
-        made = numbered(collate)(Numbered(data).__getitems__(examples))
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}
+        return on_device(numbered(collate)(Numbered(data).__getitems__(examples)), delta.model)
 
     with autocast(delta.model, spec.precision):
         found = survey(data, collate)
@@ -76,9 +72,15 @@ def open_features(delta: Delta, data: Any, collate: Collate, spec: TrainSpec, fo
 
 
 def remove_own(spec: TrainSpec, folder: Path) -> None:
-    """Delete the cache of a run that is over, where it stands in the run's folder: nothing reads it any more."""
+    """Delete the cache of a run that is over, where it stands in the run's folder: nothing reads it any more.
+
+    One that cannot be deleted is told of, and fails no finished run.
+    """
     if spec.cache is True:
-        discard(_path(spec, folder))
+        try:
+            discard(_path(spec, folder))
+        except (DataError, OSError) as error:
+            log.warning("%s: the feature cache was not deleted: %s", _path(spec, folder), error)
 
 
 def _path(spec: TrainSpec, folder: Path) -> Path:

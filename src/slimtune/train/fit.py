@@ -5,7 +5,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from slimtune.train.fill import open_features, remove_own
 from slimtune.train.guard import Interrupted
 from slimtune.train.journal import Journal
 from slimtune.train.memory import PeakMemory
-from slimtune.train.predict import Score, Step, evaluate, logits
+from slimtune.train.predict import Score, Step, evaluate, logits, on_device
 from slimtune.train.signals import Signals
 from slimtune.train.spec import TrainSpec, more_is_better, private_spec
 from slimtune.train.surroundings import surroundings
@@ -95,6 +96,7 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
     facts = {"spec": spec.model_dump(mode="json"), "data": fingerprint(train_data, collate)}
     if privacy is not None:
         facts["privacy"] = privacy.model_dump(mode="json")
+    _check_spent(delta, privacy is None or resume is False)  # before a checkpoint is removed
     begun = _begin(folder, resume, facts)
     ledger = open_ledger(delta, privacy, spec, len(train_data), begun)
     journal = Journal(folder)
@@ -104,7 +106,7 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
         return evaluate(delta.model, validation_data, collate, metric_fn, spec.eval_batch_size, step=step,
                         precision=spec.precision)
 
-    with surroundings(delta, spec), Signals() as signals:
+    with _account(delta, ledger), surroundings(delta, spec), Signals() as signals:
         if begun is None:
             _calibrate(delta, train_data, collate)
         features = functools.cache(lambda: open_features(delta, train_data, collate, spec, folder, signals, report))
@@ -117,14 +119,22 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
         if best is not None:
             trainer._load_best_model()
     remove_own(spec, folder)
-    if ledger is not None:
-        delta.info["privacy"] = ledger.report()
     return TrainResult(
         steps=state.global_step, epochs=float(state.epoch or 0), seconds=time.monotonic() - start,
         peak_memory_mb=memory.peak(), added_memory_mb=memory.peak() - memory.start,
         metrics=_metrics_at(state.log_history, step_of(best) if best else state.global_step), best=best,
         resumed_from=begun, stopped_early=state.global_step < state.max_steps, history=journal.lines(),
-        privacy=delta.info.get("privacy"))
+        privacy=delta.info.get("privacy") if ledger is not None else None)
+
+
+@contextmanager
+def _account(delta: Delta, ledger: Ledger | None) -> Iterator[None]:
+    """Write down what a private run spent, also one that was stopped."""
+    try:
+        yield
+    finally:
+        if ledger is not None and ledger.steps:
+            delta.info["privacy"] = ledger.report()
 
 
 def _check_told(signals: Signals, state: Any, folder: Path, ledger: Ledger | None) -> None:
@@ -136,23 +146,25 @@ def _check_told(signals: Signals, state: Any, folder: Path, ledger: Ledger | Non
 
 def _calibrate(delta: Delta, data: Any, collate: Collate) -> None:
     """Give the data to methods that start from it: up to 1024 examples spread over it, one a batch."""
-    device = next(delta.model.parameters()).device
     count = min(len(data), CALIBRATION)
     for method in delta.methods:
         if method.needs_data:
-            batches = (collate([data[i * len(data) // count]]) for i in range(count))
-            method.calibrate(delta, ({k: v.to(device) for k, v in batch.items()} for batch in batches))
+            batches = (on_device(collate([data[i * len(data) // count]]), delta.model) for i in range(count))
+            method.calibrate(delta, batches)
+
+
+def _check_spent(delta: Delta, anew: bool) -> None:
+    """Errors: DeltaError for a delta that another run trained privately: what that spent would be forgotten, or a plain
+    run would promise it."""
+    if anew and "privacy" in delta.info:
+        raise DeltaError(f"delta '{delta.name}' was trained with differential privacy already, and each run spends.",
+                         "Attach a new one; or, to give the promise up, delete delta.info['privacy'] first.")
 
 
 def open_ledger(delta: Delta, privacy: PrivacySpec | None, spec: TrainSpec, examples: int,
                 begun: Path | None) -> Ledger | None:
-    """The account of a private run, with the noise that it was begun with.
-
-    Errors: DeltaError for a delta that another run trained privately: what that spent would be forgotten.
-    """
-    if begun is None and "privacy" in delta.info:
-        raise DeltaError(f"delta '{delta.name}' was trained with differential privacy already, and each run spends.",
-                         "Attach a new one; or, to give the promise up, delete delta.info['privacy'] first.")
+    """The account of a private run, with the noise that it was begun with."""
+    _check_spent(delta, begun is None)
     if privacy is None:
         return None
     batch = privacy.batch_size or spec.batch_size

@@ -79,7 +79,7 @@ def predict(model: nn.Module, data: Sequence[Mapping[str, Any]] | Any, collate: 
         for start in range(0, len(order), batch_size):
             chunk = order[start:start + batch_size]
             together = getattr(data, "__getitems__", None)
-            batch = _on_device(collate(together(chunk) if together else [data[i] for i in chunk]), model)
+            batch = on_device(collate(together(chunk) if together else [data[i] for i in chunk]), model)
             output = model(**batch)
             predictions, references = step(model, batch, output)
             given += _items(predictions)
@@ -129,6 +129,12 @@ def autocast(model: nn.Module, precision: str) -> Any:
     return torch.autocast(next(model.parameters()).device.type, dtype=getattr(torch, precision))
 
 
+def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The batch with its tensors where the model is; other columns as they are."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
@@ -138,11 +144,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _on_device(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    device = next(model.parameters()).device
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def _items(values: Any) -> list[Any]:

@@ -16,7 +16,7 @@ from slimtune.privacy.ledger import Ledger
 from slimtune.privacy.step import PrivateStep
 from slimtune.train.checkpoint import Checkpoint
 from slimtune.train.guard import Guard
-from slimtune.train.predict import _on_device
+from slimtune.train.predict import on_device
 from slimtune.train.state import kept_rng
 from slimtune.train.trainer import DeltaTrainer
 
@@ -75,7 +75,7 @@ class PrivateTrainer(DeltaTrainer):
         if hasattr(data, "set_epoch"):
             data.set_epoch(int(self.state.epoch or 0))
         found = data.__getitems__(rows) if hasattr(data, "__getitems__") else [data[i] for i in rows]
-        return _on_device(dict(self.data_collator(found)), self.delta.model)
+        return on_device(dict(self.data_collator(found)), self.delta.model)
 
     # how it is watched
 
@@ -122,9 +122,12 @@ class _PrivateGuard(Guard):
         self.trainer = trainer
 
     def before_step(self, step: int, optimizer: Any) -> None:
+        if not self.waiting:
+            return
         seen, private = set(self.seen), self.trainer.private
         assert private is not None
+        live = private.live
         super().before_step(step, optimizer)
-        self.seen = seen | private.live
-        if not private.live:  # nothing was drawn
+        self.seen = seen | live
+        if not live:  # nothing was drawn
             self.before = {}
