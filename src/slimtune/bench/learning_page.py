@@ -12,9 +12,9 @@ are tests: `pytest -m slow tests/bench/test_learning.py`.
 
 {reviews} training and 379 test reviews of the UCI drug review set, three ratings (two thirds are positive), cut to
 {tokens} tokens; MiniLM-L6. One budget for all: {t.epochs:g} epochs of batch {t.batch_size}, AdamW, warm-up over a
-tenth, linear decay, weight decay {t.weight_decay}, {t.precision} under autocast, seed {t.seed}; the last step is what is
-scored. The classifier reads a pooler that this encoder never trained, so every method trains it with the head, both at
-rate {head:g} if it is not said below. The bar is the better of two probes, the head alone and the head with the
+tenth, linear decay, weight decay {t.weight_decay}, {t.precision} under autocast, seed {t.seed}; the last step is what
+is scored. The classifier reads a pooler that this encoder never trained, so every method trains it with the head, both
+at rate {head:g} if it is not said below. The bar is the better of two probes, the head alone and the head with the
 pooler: macro-F1 {alone} and {pooled}. {beat} of {all} methods are above it, by the points of the last column.
 
 How far to trust it: with seeds 0 to {last} the pooled probe has {seeds}.
