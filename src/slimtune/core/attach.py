@@ -1,6 +1,7 @@
 """attach: put a method, or a union of methods, on a model; nothing of the model changes if it fails."""
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor, nn
@@ -133,6 +134,15 @@ class _Build:
         open_checkpoints(self.model, self.anatomy, self.plan, self.delta)
         return self.delta
 
+    @cached_property
+    def base(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters; no delta is active meanwhile."""
+        return base_parameters(self.model)
+
+    @cached_property
+    def places(self) -> dict[int, list[tuple[nn.Module, str]]]:
+        return places_of(self.model, {id(p) for p in self.base.values()})
+
     def module(self, path: str) -> nn.Module:
         if path not in self.modules:
             self.modules[path] = self.model.get_submodule(path)
@@ -143,7 +153,7 @@ class _Build:
         params: Params = shared(where(self.anatomy)) if shared is not None and where is not None else {}
         if params:
             module = nn.Module()
-            like = next(iter(base_parameters(self.model).values()))
+            like = next(iter(self.base.values()))
             for name, init in params.items():
                 module.register_parameter(name, self._parameter(f"shared.{self.key}.{name}", init, like))
             group = self.root.shared._modules.setdefault(self.name, nn.Module())
@@ -191,10 +201,7 @@ class _Build:
         return nn.Parameter(value, requires_grad=init.trainable)
 
     def own(self, tensors: Sequence[str], group: Literal["adapter", "norms", "head"], trained: bool = True) -> None:
-        parameters = base_parameters(self.model)
-        fresh = [path for path in tensors if path not in self.used]
-        wanted = {path: parameters[path] for path in fresh if path in parameters}
-        places = places_of(self.model, {id(p) for p in wanted.values()})
+        wanted = {path: self.base[path] for path in tensors if path not in self.used and path in self.base}
         for path, base in wanted.items():
             if is_frozen_kind(base):
                 raise MethodError(f"{path} is quantised ({base.dtype}) and cannot be trained.",
@@ -206,7 +213,7 @@ class _Build:
                              "Load the model with the delta's number of labels." if group == "head" else "")
             source = base.detach() if given is None else given.to(base.device, base.dtype)
             value = nn.Parameter(source.clone(), requires_grad=trained)
-            self.delta.owned.append(Owned(path, group, base, value, places[id(base)]))
+            self.delta.owned.append(Owned(path, group, base, value, self.places[id(base)]))
             self.used.add(path)
 
     def _norms(self, method: Method) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from slimtune.core.anatomy import Anatomy
 from slimtune.core.count import Count
 from slimtune.core.fingerprint import fingerprint
 from slimtune.core.insert import CHILD, LOCK, Root, Slot
+from slimtune.core.mask import apply_masks, kept, set_masks
 from slimtune.core.merge import merged
 from slimtune.core.method import Method, to_config
 from slimtune.core.store import save
@@ -36,6 +37,7 @@ class Delta:
         self.shared: dict[str, nn.Module] = {}
         self.owned: list[Owned] = []
         self.hosts: list[nn.Module] = []  # every module that has a slot or a hook of this delta
+        self.masks: dict[str, Tensor] = {}
         self.info: dict[str, Any] = {}
         self._gone = False
         self.merged = False
@@ -50,7 +52,7 @@ class Delta:
             found |= {f"shared.{key}.{n}": p for n, p in module._parameters.items() if p is not None}
         for _, slot in self.slots:
             found |= {f"{slot.label}.{n}": p for n, p in slot._parameters.items() if p is not None}
-        return found | {own.key: own.value for own in self.owned}
+        return found | {own.key: own.value for own in self.owned if own.group != "pruned"}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The trained tensors, by name of state."""
@@ -75,6 +77,25 @@ class Delta:
             check_tensor(f"delta '{self.name}': {name}", value, tuple(tensors[name].shape), dtype=tensors[name].dtype)
         for name, value in state.items():
             tensors[name].copy_(value)
+        apply_masks(self)
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Let these masks hold, by name of state, in place of those before; {} gives the backbone's weights back.
+
+        A mask is True where a weight lives, and of the tensor's shape. A name `own.<path>` of the backbone that the
+        delta does not train masks the backbone while the delta is active. Values of the delta that do not live are
+        set to 0, and cannot come back. Errors: DeltaError for an unknown name, or another shape; nothing is set then.
+        Example:
+            >>> from slimtune.core.attach import attach
+            >>> from slimtune.testing import tiny
+            >>> from slimtune.methods import LoRA
+            >>> delta = attach(tiny("bert"), LoRA(rank=2, sites=("attn.q",)))
+            >>> delta.set_masks({"encoder.0.attn.q.lora.A": torch.arange(64).reshape(2, 32) % 2 == 0})
+            >>> delta.count().adapter
+            224
+        """
+        self._alive()
+        set_masks(self, masks)
 
     def count(self) -> Count:
         """What is trained and stored; see Count."""
@@ -83,9 +104,10 @@ class Delta:
         stored = 0
         groups = {own.key: own.group for own in self.owned}
         for name, p in self.tensors().items():
-            stored += p.numel()
+            size = kept(self, name, p.numel())
+            stored += size
             if p.requires_grad:
-                sizes[groups.get(name, "adapter")] += p.numel()
+                sizes[groups.get(name, "adapter")] += size
         for method, slots in self.by_method():
             final = method.final(slots)
             if final is not None:  # a reparametrisation is dropped when the delta is saved
@@ -163,12 +185,14 @@ class Delta:
 
     # how it ends
 
-    def merge(self) -> None:
+    def merge(self, *, zeros: Literal["keep", "fill"] | None = None) -> None:
         """Fold the delta into the backbone's weights, in float32; the hooks then do nothing.
 
         Until unmerge() no other delta can be attached or made active, and this one cannot be disabled.
-        Errors: MethodError when a method is not linear; DeltaError when it is merged already, or not the
-        one that runs.
+        zeros: where the delta masks the backbone's weights, "fill" gives m * W + dW, which does what the delta does
+        and is dense, and "keep" gives m * (W + dW).
+        Errors: MethodError when a method is not linear; DeltaError when it is merged already, not the
+        one that runs, or masks the backbone and `zeros` is not said.
         """
         self._alive()
         if self.merged:
@@ -176,7 +200,7 @@ class Delta:
         if self.root.plan.active != (self.name,) or self.root.plan.weights:
             raise DeltaError(f"delta '{self.name}' does not run alone: active are {listing(self.root.plan.active)}.",
                              "Call activate() on it, then merge it.")
-        changes = merged(self)
+        changes = merged(self, zeros)
         self.count()  # both are read once, before a merge adds biases
         fingerprint(self.model, self.anatomy)
         for module, name, value in changes:

@@ -19,7 +19,8 @@ from slimtune.core.manifest import MAX_JSON, RESTORE, parse_json, read_folder
 from slimtune.errors import DeltaError, listing, suggest
 
 FORMAT = "slimtune-delta"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that is read; 2 is 1 with masks, and is written only where there are some."""
 MAX_TENSORS, MAX_NAME = 100_000, 512
 MANIFEST, TENSORS = "delta.json", "delta.safetensors"
 _OURS = ("files", "format", "format_version", "self", "slimtune", "tensors")
@@ -34,7 +35,7 @@ _PICKLE = "A pickle can run code when opened; it was not opened."
 
 
 def write_delta(folder: Path | str, tensors: Mapping[str, Tensor], info: Mapping[str, Any], *,
-                overwrite: bool = True, allow_nonfinite: bool = False) -> None:
+                overwrite: bool = True, allow_nonfinite: bool = False, version: int = 1) -> None:
     """Write tensors and their description as one folder, in one step; on any error nothing has changed.
 
     Views, shared memory, other devices and gradients are no trouble: plain values are stored. `info` is any
@@ -62,7 +63,7 @@ def write_delta(folder: Path | str, tensors: Mapping[str, Tensor], info: Mapping
         _check_finite(stored, folder, "It was not saved. Go back to the last good checkpoint.")
     table = {key: {"dtype": _NAMES[_CODE_OF[tensor.dtype]], "shape": list(tensor.shape)}
              for key, tensor in stored.items()}
-    ours = {"format": FORMAT, "format_version": FORMAT_VERSION, "slimtune": _version(), "tensors": table}
+    ours = {"format": FORMAT, "format_version": version, "slimtune": _version(), "tensors": table}
 
     save = functools.partial(_save, stored)
     write_folder(folder, {TENSORS: save}, {**info, **ours}, manifest_name=MANIFEST)

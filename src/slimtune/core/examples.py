@@ -3,11 +3,12 @@
     theta -> [theta, ..., theta], (B, *shape);    the gradient of the expanded tensor is the per-example gradient
 
 What a delta adds runs on expanded parameters as it is, for its functions allow a leading example axis. A tensor of
-the backbone stands in a module that allows none: that module's forward runs once for each example's copy, by vmap.
-A tensor used in several places is one expanded tensor, so its gradients add up before anybody takes a norm.
+the backbone stands in a module that allows none. Of linear maps, embeddings and layer norms it is kept what the
+gradients are made of (see bookkeeping.py); another module's forward runs once for each example's copy, by vmap.
+A tensor used in several places has one gradient an example, their sum, before anybody takes a norm.
 """
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from slimtune.core.bookkeeping import Outer, Rows, Whole, keeping, keeps, shared
 from slimtune.core.insert import CHILD, Root
 from slimtune.core.switch import deltas
-from slimtune.errors import DeltaError, MethodError, listing
+from slimtune.errors import DeltaError, listing
 
 BIAS, MAKER = "relative_attention_bias", "compute_bias"
 """A table of positions, which all examples share, and the method of the module above it that reads it (T5)."""
@@ -31,26 +33,41 @@ class ExampleGradients:
         self.model = model
         self.active = [d for d in deltas(model).values() if d.active]
         self.leaves: dict[int, Tensor] = {}
+        self.kept: dict[int, list[Whole | Outer]] = {}
         self.size: int | None = None
         self.undo: list[Callable[[], object]] = []
         standing = {id(p) for p in model.parameters()}  # of tensors that two deltas own, the last one's stands
         self.names = [(d, n, p) for d in self.active for n, p in d.named_parameters() if id(p) in standing]
 
-    def collect(self) -> dict[str, Tensor]:
-        """Per-example gradients by name of state, (B, *shape); with several deltas, behind the delta's name.
+    def rows(self) -> dict[str, Rows]:
+        """Per-example gradients by name of state, as norms and weighted sums take them; each call gives new ones.
 
+        With several deltas a name stands behind the delta's.
         Errors: DeltaError before a backward pass, or for a trained tensor that the loss does not depend on.
         """
-        found: dict[str, Tensor] = {}
+        found: dict[str, Rows] = {}
         resting = {d.name: d.resting() for d in self.active}
         for delta, name, p in self.names:
-            leaf = self.leaves.get(id(p))
-            if leaf is None or (leaf.grad is None and name not in resting[delta.name]):
+            uses, leaf = list(self.kept.get(id(p), ())), self.leaves.get(id(p))
+            if leaf is not None and leaf.grad is not None:
+                uses.append(Whole(leaf.grad))
+            if not uses and (self.size is None or name not in resting[delta.name]):
                 raise DeltaError(f"no gradient of an example reaches {name}.",
                                  "Run model(...) and backward inside `with per_example(model)`, with this delta "
                                  "active, on a loss that depends on it.")
             front = f"{delta.name}/" if len(self.active) > 1 else ""
-            found[front + name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+            found[front + name] = Rows(p.shape, uses or [Whole(p.new_zeros(self.size or 0, *p.shape))])
+        return found
+
+    def collect(self) -> dict[str, Tensor]:
+        """Per-example gradients by name of state, (B, *shape): B times what is trained. Errors: as `rows`."""
+        return {name: rows.each() for name, rows in self.rows().items()}
+
+    def take(self) -> dict[str, Rows]:
+        """The rows, which then are the caller's alone: what he drops is freed."""
+        found = self.rows()
+        self.kept.clear()
+        self.leaves.clear()
         return found
 
     # expanding
@@ -84,16 +101,25 @@ class ExampleGradients:
         self.undo.append(lambda: module._parameters.__setitem__(name, p))
 
     def _owned(self) -> None:
-        """Give each module with trained tensors of the backbone a forward of its own for each example."""
+        """Give each module with trained tensors of the backbone a forward that has gradients of each example."""
         assert self.size is not None
-        trained: dict[int, dict[str, Tensor]] = {}
+        trained: dict[int, dict[str, nn.Parameter]] = {}
         for own in (own for delta in self.active for own in delta.owned if own.value.requires_grad):
             for module, name in own.places:
                 if module._parameters[name] is own.value:
-                    trained.setdefault(id(module), {})[name] = self._leaf(own.value)
-        for module, name, function in forwards(self.model, trained, self.size):
-            module.__dict__[name] = function
-            self.undo.append(lambda module=module, name=name: module.__dict__.pop(name))
+                    trained.setdefault(id(module), {})[name] = own.value
+        kept = [module for _, module in outermost(self.model, trained) if keeps(module)]
+        for module in kept:
+            own = trained.pop(id(module))
+            self._replace(module, "forward", keeping(module, own, self.size, lambda name, use, own=own:
+                                                     self.kept.setdefault(id(own[name]), []).append(use)))
+        leaves = {key: {name: self._leaf(p) for name, p in own.items()} for key, own in trained.items()}
+        for module, name, function in forwards(self.model, leaves, self.size):
+            self._replace(module, name, function)
+
+    def _replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        module.__dict__[name] = function
+        self.undo.append(lambda: module.__dict__.pop(name))
 
 
 @contextmanager
@@ -148,10 +174,7 @@ def forwards(model: nn.Module, leaves: Mapping[int, Mapping[str, Tensor]],
 
     A module inside another of them is run by that one.
     """
-    paths = {path: m for path, m in model.named_modules() if id(m) in leaves} if leaves else {}
-    for path, module in paths.items():
-        if any(path.startswith(f"{other}.") for other in paths):
-            continue
+    for path, module in outermost(model, leaves):
         above = model.get_submodule(path.rpartition(".")[0])
         if path.endswith(BIAS) and hasattr(above, MAKER):
             yield above, MAKER, _each_table(above, module, leaves[id(module)]["weight"])
@@ -159,6 +182,12 @@ def forwards(model: nn.Module, leaves: Mapping[int, Mapping[str, Tensor]],
             own = {f"{inner}.{name}".removeprefix("."): t for inner, m in module.named_modules() if id(m) in leaves
                    for name, t in leaves[id(m)].items()}
             yield module, "forward", each_example(module, own, size)
+
+
+def outermost(model: nn.Module, chosen: Container[int]) -> list[tuple[str, nn.Module]]:
+    """(path, module) of the modules chosen by id that stand in no other of them."""
+    paths = {path: m for path, m in model.named_modules() if id(m) in chosen}
+    return [(path, m) for path, m in paths.items() if not any(path.startswith(f"{other}.") for other in paths)]
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -193,8 +222,7 @@ def each_example(module: nn.Module, leaves: Mapping[str, Tensor], size: int) -> 
             cut = [i for i, n in rows_of.items() if n == 1 and not values[i].is_floating_point()]
             values = [v.expand(size, *v.shape[1:]) if i in cut else v for i, v in enumerate(values)]
         if not cut:
-            raise MethodError(f"{type(module).__name__} works on rows that all {size} examples share, so its trained "
-                              "tensors have no per-example gradient here.", "Leave them out of what is trained.")
+            raise shared(module, size)
 
         def one(own: dict[str, Tensor], *rows: Tensor) -> Any:
             mine = list(values)

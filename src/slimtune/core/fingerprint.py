@@ -27,7 +27,7 @@ def fingerprint(model: nn.Module, anatomy: Anatomy) -> dict[str, str]:
         return _digests([(name, module._parameters[key]) for name, module, key in _places(model, anatomy)])
     if root.places is None:
         root.places = _places(model, anatomy)
-    owned = [own for delta in root.deltas.values() for own in delta.owned]
+    owned = [own for name in root.plan.active for own in root.deltas[name].owned]  # no other's stand in the model
     for own in owned:
         own.follow()
     swapped: dict[int, Tensor] = {id(own.value): own.base for own in owned}

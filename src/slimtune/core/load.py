@@ -11,6 +11,7 @@ from slimtune.core.delta import Delta
 from slimtune.core.deltafile import read_delta
 from slimtune.core.fingerprint import fingerprint
 from slimtune.core.insert import CHILD, Root
+from slimtune.core.mask import unpacked
 from slimtune.core.method import Method, from_config
 from slimtune.core.unfreeze import base_parameters, restore
 from slimtune.errors import DeltaError, SlimtuneError
@@ -26,9 +27,11 @@ def load_delta(model: nn.Module, folder: Path | str, name: str | None = None) ->
     anatomy = (root.anatomy if isinstance(root, Root) else None) or dissect(model)
     _check_base(model, anatomy, info, folder)
     try:
-        state = _values(model, info, tensors)
+        tensors, masks = unpacked(tensors, info.get("masks"))
+        state = _values(model, info, tensors, masks)
         delta = attach(model, _methods(info, folder), name or str(info.get("name") or "default"),
                        seed=int(info.get("seed", 0)), anatomy=anatomy, state=state)
+        _mask(delta, masks)
     except DeltaError as error:
         raise DeltaError(f"{folder}: {error.what}", *error.more) from None
     delta.info = dict(info.get("info") or {})
@@ -56,7 +59,7 @@ def _check_base(model: nn.Module, anatomy: Anatomy, info: Mapping[str, Any], fol
     told, own = info.get("base"), fingerprint(model, anatomy)
     if not isinstance(told, dict) or not told.get("shapes"):
         raise DeltaError(f"{folder}: delta.json has no fingerprint of its base.", "Nothing was loaded.")
-    parts = ["shapes", "exact" if info.get("differences") else "rounded"]
+    parts = ["shapes", "exact" if info.get("differences") or info.get("masks") else "rounded"]
     for part in parts:
         if part in told and part in own and told[part] != own[part]:
             what = "the shapes of its tensors" if part == "shapes" else "the values of its tensors"
@@ -66,7 +69,16 @@ def _check_base(model: nn.Module, anatomy: Anatomy, info: Mapping[str, Any], fol
         raise DeltaError(f"{folder}: the fingerprint of its base is incomplete.", "Nothing was loaded.")
 
 
-def _values(model: nn.Module, info: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _mask(delta: Delta, masks: Mapping[str, Tensor]) -> None:
+    try:
+        delta.set_masks(masks)
+    except DeltaError:
+        delta.detach()
+        raise
+
+
+def _values(model: nn.Module, info: Mapping[str, Any], tensors: Mapping[str, Tensor],
+            masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of the base from their differences; everything else as it is."""
     differences = info.get("differences")
     if not isinstance(differences, list):
@@ -80,6 +92,8 @@ def _values(model: nn.Module, info: Mapping[str, Any], tensors: Mapping[str, Ten
         if base is None or diff is None or base.shape != diff.shape:
             raise DeltaError(f"{key} is no difference from a tensor of this model.", "Nothing was loaded.")
         values[key] = restore(diff.to(base.device), base)
+        if key in masks:  # what does not live has no difference in the file
+            values[key] = values[key].masked_fill(~masks[key].to(base.device), 0)
         if not bool(values[key].isfinite().all()):
             raise DeltaError(f"{key} holds NaN or infinite values.", "Nothing was loaded.")
     return values

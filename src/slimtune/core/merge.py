@@ -6,17 +6,18 @@ from torch import Tensor, nn
 
 from slimtune.core.insert import Slot
 from slimtune.core.sites import Site
-from slimtune.errors import MethodError
+from slimtune.errors import DeltaError, MethodError
 
 if TYPE_CHECKING:
     from slimtune.core.delta import Delta
 
 
 @torch.no_grad()
-def merged(delta: "Delta") -> list[tuple[nn.Module, str, Tensor]]:
+def merged(delta: "Delta", zeros: str | None = None) -> list[tuple[nn.Module, str, Tensor]]:
     """(module, parameter name, new value) of every tensor that the delta changes; the base is not touched.
 
-    Errors: MethodError for a method that is no change of weights, or a weight of 8 bits and fewer.
+    Errors: MethodError for a method that is no change of weights, or a weight of 8 bits and fewer; DeltaError for
+    masks on the weights it changes when `zeros` is not said.
     """
     work: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
     ordered = sorted(delta.slots, key=lambda item: item[1].site.at == "input")  # inputs are scaled last
@@ -31,7 +32,24 @@ def merged(delta: "Delta") -> list[tuple[nn.Module, str, Tensor]]:
             module, weight, bias = work[site.path]
             host = delta.model.get_submodule(slot.site.path)
             work[site.path] = (module, *_fold_slot(slot, host, site, weight, bias))
-    return [change for module, weight, bias in work.values() for change in _finish(module, weight, bias)]
+    changes = [change for module, weight, bias in work.values() for change in _finish(module, weight, bias)]
+    return _with_zeros(delta, zeros, changes)
+
+
+def _with_zeros(delta: "Delta", zeros: str | None,
+                changes: list[tuple[nn.Module, str, Tensor]]) -> list[tuple[nn.Module, str, Tensor]]:
+    """The changes, with the zeros of a masked backbone kept if that is wanted."""
+    masks = {(id(module), name): delta.masks[own.key] for own in delta.owned if own.key in delta.masks
+             for module, name in own.places}
+    if zeros is None and any((id(module), name) in masks for module, name, _ in changes):
+        raise DeltaError(f"delta '{delta.name}' masks weights that it changes; merged, they would be dense.",
+                         "Call merge(zeros='fill') for m * W + dW, as it runs now, or merge(zeros='keep') for "
+                         "m * (W + dW); or keep it attached.")
+    if zeros == "keep":
+        for module, name, value in changes:
+            if (mask := masks.get((id(module), name))) is not None:
+                value.masked_fill_(~mask, 0)
+    return changes
 
 
 def _start(module: nn.Module, path: str) -> tuple[nn.Module, Tensor, Tensor | None]:

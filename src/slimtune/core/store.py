@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slimtune.core.deltafile import write_delta
 from slimtune.core.fingerprint import fingerprint
+from slimtune.core.mask import packed
 from slimtune.core.method import to_config
 from slimtune.core.unfreeze import difference
 
@@ -22,9 +23,12 @@ def save(delta: "Delta", folder: Path | str, *, final: bool = True, overwrite: b
     methods, tensors = delta.methods, dict(delta.state())
     if final:
         methods, tensors = _final(delta, tensors)
-    owned = {own.key: own for own in delta.owned if own.group != "head"}
+    owned = {own.key: own for own in delta.owned if own.group not in ("head", "pruned")}
     tensors = {n: difference(t, owned[n].base) if n in owned else t for n, t in tensors.items()}
-    write_delta(folder, tensors, {**describe(delta, methods), "differences": sorted(owned)}, overwrite=overwrite)
+    info = {**describe(delta, methods), "differences": sorted(owned)}
+    if delta.masks:
+        tensors, info["masks"] = packed(delta, tensors)
+    write_delta(folder, tensors, info, overwrite=overwrite, version=2 if delta.masks else 1)
 
 
 def describe(delta: "Delta", methods: Any) -> dict[str, Any]:

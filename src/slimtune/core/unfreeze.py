@@ -4,6 +4,7 @@ An owned tensor is a second parameter; while its delta is active the module's sl
 otherwise at the base's. Switching, disabling and detaching move pointers and never copy a number, so
 the base stays bitwise what it was.
 """
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 from slimtune.core.insert import CHILD
 from slimtune.core.method import Builder, Method
 
-Group = Literal["adapter", "norms", "head"]
+Group = Literal["adapter", "norms", "head", "pruned"]
 
 
 @dataclass
 class Owned:
     """One tensor of the backbone that a delta trains: where it stands, the base's, and the delta's.
 
-    A tied tensor stands in several places.
+    A tied tensor stands in several places. One of the group "pruned" is not trained: it is the base's, masked.
     """
 
     path: str
@@ -62,16 +63,34 @@ class Unfreeze(Method):
         build.own(self.tensors(build), "adapter")
 
 
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The backbone's and head's own modules with their paths, each once; a walk that attached deltas do not lengthen."""
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield path, module
+        waiting += [(f"{path}.{name}".removeprefix("."), child) for name, child in reversed(module._modules.items())
+                    if child is not None and name != CHILD]
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The backbone's and head's own parameters by path, tied ones once, none of ours."""
-    mark = f".{CHILD}."
-    return {path: p for path, p in model.named_parameters() if mark not in f".{path}"}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in base_modules(model):
+        for name, p in module._parameters.items():
+            if p is not None:
+                found.setdefault(id(p), (f"{path}.{name}".removeprefix("."), p))
+    return dict(found.values())
 
 
 def places_of(model: nn.Module, wanted: set[int]) -> dict[int, list[tuple[nn.Module, str]]]:
     """Every (module, name) at which each parameter, known by id, stands."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
+    for _, module in base_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in wanted:
                 found.setdefault(id(parameter), []).append((module, name))

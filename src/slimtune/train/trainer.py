@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from slimtune.core.bits import pack
 from slimtune.core.delta import Delta
+from slimtune.core.mask import PREFIX, apply_masks, mask_gradients, split_masks
 from slimtune.core.store import describe
 from slimtune.errors import DeltaError, TrainError, listing, suggest
 from slimtune.train.checkpoint import (
@@ -124,6 +126,7 @@ class DeltaTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         with self.features()(inputs) if self.features is not None else nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
+        mask_gradients(self.delta)
         self.finite.check(loss, "loss", self.state.global_step + 1)
         return loss
 
@@ -197,7 +200,9 @@ class DeltaTrainer(Trainer):
         facts = {"delta": describe(self.delta, self.delta.methods), "optimizer": groups, "rng": numbers,
                  "scheduler": scheduler_state(self.lr_scheduler), "loop": loop, "run": self.facts}
         state = json.dumps(dataclasses.asdict(self.state), sort_keys=True, indent=1) + "\n"
-        return Checkpoint(self.state.global_step, self.delta.state(), optimizer, rng, facts, state)
+        masks = {PREFIX + name: pack(mask) for name, mask in self.delta.masks.items()}
+        facts["masks"] = {name: list(mask.shape) for name, mask in self.delta.masks.items()}
+        return Checkpoint(self.state.global_step, self.delta.state() | masks, optimizer, rng, facts, state)
 
     # how it goes on
 
@@ -275,15 +280,20 @@ class _Watch(TrainerCallback):
         self.guard.before_step(state.global_step + 1, self.trainer.optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        apply_masks(self.trainer.delta)
         self.guard.after_step(state.global_step + 1)
 
 
 def load_delta_state(delta: Delta, checkpoint: Checkpoint) -> None:
     """Set the delta to a checkpoint's values. Errors: DeltaError when it is of another method or base."""
+    values, masks = split_masks(checkpoint.delta, checkpoint.facts.get("masks") or {})
+    counts = [("counts", "has other counts")] if not masks else []  # a mask that grows changes them
     told, own = checkpoint.facts["delta"], json.loads(json.dumps(describe(delta, delta.methods)))
     for part, words in (("methods", "was trained with another method"), ("model_type", "is for another backbone"),
-                        ("base", "is for another backbone"), ("counts", "has other counts")):
+                        ("base", "is for another backbone"), *counts):
         if told.get(part) != own[part]:
             raise DeltaError(f"checkpoint-{checkpoint.step}: {words}.", f"It says {part} {told.get(part)},",
                              f"and this run has {own[part]}.", "Resume with the model and method it was begun with.")
-    delta.load_state(checkpoint.delta)
+    if masks:
+        delta.set_masks(masks)
+    delta.load_state(values)
