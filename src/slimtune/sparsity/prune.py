@@ -1,0 +1,148 @@
+"""prune: score, allocate, mask; once. Schedules call it again with more (see schedule.py)."""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.core import Delta
+from slimtune.errors import MethodError
+from slimtune.sparsity.allocation import Rule, Ties, find_allocation
+from slimtune.sparsity.budget import Budget, within
+from slimtune.sparsity.criterion import Criterion, as_criterion, criterion_config
+from slimtune.sparsity.granularity import NM, Element, Granularity, as_granularity
+from slimtune.sparsity.structure import gate_scores
+from slimtune.sparsity.target import On, Target, denominator, targets
+from slimtune.sparsity.view import Batch, View, task_loss
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What was pruned: counts of weights, the share that is 0, and of what it is a share."""
+
+    kept: int
+    total: int
+    denominator: str
+    tensors: dict[str, tuple[int, int]]
+    """Kept and total of each."""
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / self.total
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"sparsity": self.sparsity, "kept": self.kept, "total": self.total, "denominator": self.denominator}
+
+    def __str__(self) -> str:
+        return (f"{100 * self.sparsity:.2f} % of {self.denominator} pruned: {self.kept:,} of {self.total:,} weights "
+                f"live in {len(self.tensors)} tensors. Zeros alone make nothing faster; see shrink.")
+
+
+def prune(delta: Delta, sparsity: float | None = None, criterion: Criterion | str | dict[str, Any] = "magnitude", *,
+          on: On = "delta", allocation: str | Budget = "global",
+          granularity: Granularity | str | dict[str, Any] = "element", by: str = "own",
+          batches: Sequence[Batch] = (), sites: Sequence[str] = ("linear",), blocks: Sequence[int] | None = None,
+          pooler: bool = False, ties: Ties = "exact", rule: Rule = "floor", seed: int = 0,
+          loss: Callable[..., Tensor] = task_loss) -> Sparsity:
+    """Prune a delta, the backbone below it, or both, to a sparsity; masks that hold already count, and stay.
+
+    sparsity: the share that is 0 afterwards; of n:m it follows, and is not given.
+    on, sites, blocks, pooler: what may be pruned (see target.py). by: with on="gates", "own" scores the gates
+    themselves, and "weights" sums the scores of the weights that go with each head and neuron.
+    batches: inputs with labels, for a criterion that needs them. ties, rule: see allocation.py.
+
+    Errors: MethodError for a combination that cannot be, with the reason; nothing is changed then.
+    Example:
+        >>> from slimtune.core import attach
+        >>> from slimtune.methods import LoRA
+        >>> from slimtune.testing import tiny
+        >>> print(prune(attach(tiny("bert"), LoRA(rank=4)), 0.5, "random"))
+        50.00 % of delta pruned: 512 of 1,024 weights live in 8 tensors. Zeros alone make nothing faster; see shrink.
+    """
+    rule_of, units = as_criterion(criterion), as_granularity(granularity)
+    chosen = targets(delta, on, sites, blocks, pooler)
+    _check(sparsity, rule_of, units, on, by, allocation)
+    held = {name: delta.masks[name] for name in chosen if name in delta.masks}
+    view = View(delta, chosen, batches, seed, loss, held)
+    if by == "weights":
+        base = targets(delta, "base")
+        weights = View(delta, base, batches, seed, loss, {n: m for n, m in delta.masks.items() if n in base})
+        scores = gate_scores(delta, chosen, rule_of.score(weights))
+    else:
+        scores = rule_of.score(view)
+    masks = _masks(view, scores, sparsity, allocation, units, ties, rule)
+    if rule_of.changes:
+        rule_of.repair(view, masks)
+    delta.set_masks({**delta.masks, **masks})
+    found = measured(masks, denominator(on, pooler))
+    delta.info["sparsity"] = [*delta.info.get("sparsity", []), {
+        **found.as_dict(), "criterion": criterion_config(rule_of), "on": on, "by": by,
+        "allocation": allocation if isinstance(allocation, str) else allocation.model_dump(mode="json"),
+        "granularity": {"name": type(units).__name__.lower(), **units.model_dump(mode="json")}}]
+    return found
+
+
+def measured(masks: dict[str, Tensor], what: str) -> Sparsity:
+    """The counts of some masks."""
+    tensors = {name: (int(mask.sum()), mask.numel()) for name, mask in masks.items()}
+    return Sparsity(sum(k for k, _ in tensors.values()), sum(n for _, n in tensors.values()), what, tensors)
+
+
+@torch.no_grad()
+def _masks(view: View, scores: dict[str, Tensor], sparsity: float | None, allocation: str | Budget,
+           units: Granularity, ties: Ties, rule: Rule) -> dict[str, Tensor]:
+    """Masks in the tensors' own shapes; what was dead stays dead."""
+    if strange := [name for name, s in scores.items() if not bool(torch.isfinite(s).all())]:
+        raise MethodError(f"the scores of {strange[0]} are not finite.", "Is the model's loss? Nothing was pruned.")
+    pooled = _pooled(view, scores, units)
+    if isinstance(units, NM):
+        keep = {name: units.keep(s) for name, s in pooled.items()}
+    elif isinstance(allocation, Budget):
+        keep = within(pooled, allocation.costs(view.delta, view.targets), float(sparsity or 0))
+    else:
+        keep = find_allocation(allocation)(pooled, float(sparsity or 0), ties, rule)
+    full = {name: _turned(m, view.targets[name]) for name, m in units.expand(keep, view.targets).items()}
+    return {name: m & view.masks[name] if name in view.masks else m for name, m in full.items()}
+
+
+def _pooled(view: View, scores: dict[str, Tensor], units: Granularity) -> dict[str, Tensor]:
+    """The score of each unit, the lowest there is where all its weights are dead."""
+    single = isinstance(units, Element | NM)
+    lives = {name: view.masks.get(name, torch.ones_like(s, dtype=torch.bool)) for name, s in scores.items()}
+    seen = {name: _turned(s.masked_fill(~lives[name], -torch.inf if single else 0), view.targets[name])
+            for name, s in scores.items()}
+    pooled = units.pool(seen, view.targets)
+    if single or not view.masks:
+        return pooled
+    alive = units.pool({name: _turned(m.to(seen[name].dtype), view.targets[name]) for name, m in lives.items()},
+                       view.targets)
+    return {name: s.masked_fill(alive[name] == 0, -torch.inf) for name, s in pooled.items()}
+
+
+def _turned(t: Tensor, target: Target) -> Tensor:
+    """Between (d_out, d_in) and the way it is stored."""
+    return t.mT if target.transposed else t
+
+
+def _check(sparsity: float | None, rule: Criterion, units: Granularity, on: On, by: str,
+           allocation: str | Budget) -> None:
+    name = type(rule).__name__
+    if isinstance(units, NM):
+        if sparsity is not None or allocation != "global":
+            raise MethodError(f"{units.n}:{units.m} decides its own sparsity, 1 - n / m, in each group of weights.",
+                              "Leave sparsity and allocation out.")
+    elif sparsity is None or not 0 <= sparsity < 1:
+        raise MethodError(f"sparsity={sparsity}: it is the share that is pruned, from 0 to below 1.",
+                          "Give for example 0.5.")
+    if by not in ("own", "weights") or (by == "weights" and on != "gates"):
+        raise MethodError(f"by='{by}' with on='{on}': only gates can be scored by the weights that go with them.",
+                          "Say on='gates' with by='weights', or leave by out.")
+    if isinstance(allocation, Budget) and (on != "gates" or not isinstance(units, Element)):
+        raise MethodError("a budget counts what heads and neurons cost, and they are gates.",
+                          "Say on='gates', with granularity='element'.")
+    if rule.changes and not isinstance(units, Element | NM):
+        raise MethodError(f"{name} moves single weights for single weights that go.",
+                          "Choose granularity='element' or n:m.")
+    if on == "gates" and by == "own" and rule.changes:
+        raise MethodError(f"{name} moves weights, and gates are none.", "Choose another criterion, or by='weights'.")

@@ -1,0 +1,68 @@
+"""Structure: the weights that a head or a neuron takes with it when it goes.
+
+    head g      rows g of q, k and v, columns g of the output projection
+    neuron j    rows j of up and gate, column j of down
+
+so that scores of weights become scores of gates: the sum over what would go.
+"""
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from slimtune.core import Delta, Site
+from slimtune.sparsity.target import Target
+
+PARTS = {"attn.heads": ("attn.q", "attn.k", "attn.v", "attn.o"), "mlp.act": ("mlp.up", "mlp.gate", "mlp.down")}
+
+
+def tied(delta: Delta, gate: Target) -> list[Site]:
+    """The linear sites that a gate's units have slices in."""
+    at = gate.sites[0]
+    return [s for s in delta.anatomy.sites if (s.tower, s.block, s.cross) == (at.tower, at.block, at.cross)
+            and s.role in PARTS[at.role]]
+
+
+def of_units(site: Site, values: Tensor, units: int) -> Tensor:
+    """A site's values (d_out, d_in), summed over what belongs to each of the units. Shapes: result (units,)."""
+    if site.role in ("attn.o", "mlp.down"):
+        values = values.mT
+    return values.reshape(units, -1).sum(1)
+
+
+def gate_scores(delta: Delta, gates: Mapping[str, Target], scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The score of each gate, as the sum over the weights that go with it, from scores of the backbone's weights."""
+    found = {}
+    for name, gate in gates.items():
+        total = torch.zeros(gate.parameter.shape, dtype=torch.float64, device=gate.parameter.device)
+        for site in tied(delta, gate):
+            own = scores.get(f"own.{site.path}.weight")
+            if own is not None:
+                view = own.mT if site.transposed else own
+                part = view if site.part is None else view[slice(*site.part)]
+                total += of_units(site, part.double(), total.numel()).reshape(total.shape)
+        found[name] = total.float()
+    return found
+
+
+def costs(delta: Delta, gates: Mapping[str, Target], unit: str, tokens: int) -> dict[str, float]:
+    """What one unit of each gate costs: multiply-adds of `tokens` tokens ("macs"), or numbers ("params").
+
+    A head takes 4 T H d + 2 T^2 d, a neuron of a plain network 2 T H.
+    """
+    found = {}
+    for name, gate in gates.items():
+        units = gate.parameter.numel()
+        sites = tied(delta, gate)
+        weights = sum(s.d_in * s.d_out for s in sites) / units
+        if unit == "params":
+            biases = sum(s.d_out for s in sites if s.role not in ("attn.o", "mlp.down") and _has_bias(delta, s))
+            found[name] = weights + biases / units
+        else:
+            core = 2 * tokens**2 * gate.sites[0].d_in / units if gate.sites[0].role == "attn.heads" else 0.0
+            found[name] = tokens * weights + core
+    return found
+
+
+def _has_bias(delta: Delta, site: Site) -> bool:
+    return delta.model.get_submodule(site.path)._parameters.get("bias") is not None
