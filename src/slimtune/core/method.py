@@ -125,8 +125,8 @@ def key_of(cls: type) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-_JOINED = {"BitFit", "LoRA", "DoRA", "LoHa", "LoKr", "FacT", "AdaptFormer", "RepAdapter", "KAdaptation",
-           "AdapterBias"}
+_JOINED = {"BitFit", "LoRA", "DoRA", "LoHa", "LoKr", "FacT", "AdaptFormer", "RepAdapter", "KAdaptation", "GraSP",
+           "AdapterBias", "SynFlow", "SparseGPT"}
 
 
 def register(cls: type[Method]) -> type[Method]:

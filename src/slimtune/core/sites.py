@@ -83,7 +83,8 @@ def _block_sites(block: nn.Module, at: str, index: int, spec: TowerSpec) -> list
     width = next((s.d_in for s in sites if s.role in ("attn.q", "mlp.up")), None)
     if width is not None:  # a block of convolutions alone has no width of tokens
         sites.append(Site(spec.tower, index, "block", at, width, width))
-    return sites + [_plain(block, at, index, spec, role, own[role]) for role in own if role.startswith("norm.")]
+    return sites + [_plain(block, at, index, spec, role, own[role]) for role in own if role.startswith("norm.")
+                    and not isinstance(lookup(block, own[role][0]), nn.Identity)]
 
 
 def _attention_sites(block: nn.Module, at: str, index: int, spec: TowerSpec,
@@ -120,9 +121,15 @@ def _resolve(block: nn.Module, spec: str) -> tuple[str, int, int] | None:
     """(path, piece, pieces) of the first alternative of `a|b[i/n]` that the block has."""
     for choice in spec.split("|"):
         match = re.fullmatch(r"(.+?)(?:\[(\d+)/(\d+)\])?", choice)
-        if match and lookup(block, match[1]) is not None:
+        if match and (module := lookup(block, match[1])) is not None and _there(module):
             return match[1], int(match[2] or 0), int(match[3] or 1)
     return None
+
+
+def _there(module: nn.Module) -> bool:
+    """Whether something is left of it: a shrunk model has linear maps of no width."""
+    weight = module._parameters.get("weight")
+    return getattr(module, "in_features", 1) > 0 if weight is None else weight.numel() > 0
 
 
 def _head_dim(attention: nn.Module, width: int) -> int:
@@ -154,7 +161,9 @@ def join(*parts: str) -> str:
 
 def widths(module: nn.Module) -> tuple[int, int, bool]:
     """(d_in, d_out, transposed) of a linear map, convolution of patches, norm or embedding."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):  # a linear map of low rank, or a quantised one that hides its weight
+        return module.in_features, module.out_features, False  # type: ignore[return-value]
     if weight.dim() == 1:
         return weight.shape[0], weight.shape[0], False
     if type(module).__name__ == "Conv1D":  # GPT-2 stores (in, out)

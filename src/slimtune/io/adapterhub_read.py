@@ -9,6 +9,7 @@ from slimtune.core.anatomy import dissect
 from slimtune.core.attach import attach
 from slimtune.core.delta import Delta
 from slimtune.core.insert import CHILD, Root
+from slimtune.core.labels import Labels
 from slimtune.errors import DeltaError, SlimtuneError
 from slimtune.io.adapterhub_bottleneck import read_bottleneck
 from slimtune.io.adapterhub_config import Bottleneck, Lora, Prefix, check_inverse, read_parts
@@ -20,7 +21,8 @@ from slimtune.io.adapterhub_parts import Ledger, Read, assemble
 from slimtune.io.delta_folder import CONFIG, NOTHING
 
 
-def load_adapterhub(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta:
+def load_adapterhub(model: nn.Module, folder: Path | str, name: str | None = None,
+                    labels: Labels = "model") -> Delta:
     """The delta of a folder of the `adapters` library, attached and active: bottlenecks with any projection, LoRA,
     (IA)^3, prefixes, and unions of them; with the head that was saved beside it.
 
@@ -64,7 +66,7 @@ def load_adapterhub(model: nn.Module, folder: Path | str, name: str | None = Non
             pooled = any(path.startswith(f"{anatomy.base}.pooler.") for path in found)
             methods[0] = methods[0].model_copy(update={"head": "train", "pooler": pooled})
         delta = attach(model, methods, name or re.sub(r"[^A-Za-z0-9_-]", "_", saved)[:100] or "default",
-                       anatomy=anatomy, state=state)
+                       anatomy=anatomy, state=state, labels=labels)
     except DeltaError as error:
         what = error.what if error.what.startswith(where) else f"{where}: {error.what}"
         raise DeltaError(what, *error.more) from None

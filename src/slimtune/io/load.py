@@ -5,14 +5,17 @@ from torch import nn
 
 from slimtune.core.delta import Delta
 from slimtune.core.deltafile import MANIFEST
+from slimtune.core.labels import Labels
 from slimtune.core.load import load_delta
 from slimtune.io.adapterhub import is_adapterhub, load_adapterhub
 from slimtune.io.peft import is_peft, load_peft
 
 
-def load(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta:
+def load(model: nn.Module, folder: Path | str, name: str | None = None, *, labels: Labels = "model") -> Delta:
     """The delta saved in a folder, attached to the model and active: slimtune's own, PEFT's or AdapterHub's.
 
+    labels: "own" takes a delta whose head has another number of labels than the model, such as one of many tasks
+    that share a backbone; the model then makes no loss (see route).
     Errors: DeltaError for a folder that does not verify, another base, or tensors that do not fit; the
     model is left as it was.
     Example:
@@ -27,7 +30,7 @@ def load(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta
     """
     if not (Path(folder) / MANIFEST).exists():
         if is_adapterhub(folder):
-            return load_adapterhub(model, folder, name)
+            return load_adapterhub(model, folder, name, labels)
         if is_peft(folder):
-            return load_peft(model, folder, name)
-    return load_delta(model, folder, name)
+            return load_peft(model, folder, name, labels)
+    return load_delta(model, folder, name, labels)

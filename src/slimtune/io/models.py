@@ -12,18 +12,21 @@ import torch
 
 from slimtune.errors import SlimtuneError, listing, suggest
 from slimtune.io import dinov2
+from slimtune.io.model_folder import GENERATION, fill, is_model_folder, read_model
 from slimtune.io.packages import installed, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger("slimtune")
-Task = Literal["classification", "regression", "token_classification", "causal_lm", "seq2seq", "image_classification"]
+Task = Literal["classification", "regression", "token_classification", "causal_lm", "seq2seq", "image_classification",
+               "multi_label_image_classification"]
 _CLASSES = {"classification": "AutoModelForSequenceClassification",
             "regression": "AutoModelForSequenceClassification",
             "token_classification": "AutoModelForTokenClassification",
             "causal_lm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM",
-            "image_classification": "AutoModelForImageClassification"}
+            "image_classification": "AutoModelForImageClassification",
+            "multi_label_image_classification": "AutoModelForImageClassification"}
 
 
 @dataclass(frozen=True)
@@ -111,36 +114,76 @@ def load_tokenizer(name_or_path: str | Path, words: bool = False) -> "PreTrained
         raise _unreadable(source, "tokenizer", error) from error
 
 
-def load_model(name_or_path: str | Path, task: Task, *, num_labels: int | None = None,
+def load_model(name_or_path: str | Path, task: Task | None = None, *, num_labels: int | None = None,
                label_names: Sequence[str] = (), dtype: str | torch.dtype = "float32", seed: int = 0,
                attention: str | None = None, meta: bool = False) -> "PreTrainedModel":
     """A pretrained model with the head of a task, in eval mode; only safetensors, no repository code.
 
-    Weights that the folder lacks, such as a new head, are drawn from `seed` alone: the same in every
+    A folder of `save_model` gives the model as it was shrunk. Without a task, the model is of the class it was saved
+    as. Weights that the folder lacks, such as a new head, are drawn from `seed` alone: the same in every
     process, whatever was drawn before; the global generator is left as it was. One log line says
     which they are. meta: shapes only, nothing is read or drawn. attention: transformers' name of an
-    implementation (eager, sdpa ...), by default its choice.
+    implementation (eager, sdpa ...), by default its choice. dtype: "auto" for that of the file.
     Errors: SlimtuneError.
     """
-    import transformers
-
     source = find_model(name_or_path)
-    auto = getattr(transformers, _CLASSES[task])
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     try:
         config = _config(source, task, num_labels, label_names)
+        cls = _class(source, config, task)
+        if is_model_folder(source):
+            return _shrunk(Path(source), config, cls, options, seed, meta)
         if meta:
-            with torch.device("meta"):
-                return auto.from_config(config, **options).eval()
+            return _plain(cls, config, options, "meta")
         with _quiet(), _seeded(seed):
-            model, report = auto.from_pretrained(
+            model, report = cls.from_pretrained(
                 str(source), config=config, local_files_only=isinstance(source, Path), use_safetensors=True,
                 ignore_mismatched_sizes=True, output_loading_info=True, **options)
     except SlimtuneError:
         raise
     except Exception as error:  # transformers, safetensors and torch have no kind in common
-        raise _unreadable(source, f"model for {task}", error) from error
+        raise _unreadable(source, f"model for {task}" if task else "model", error) from error
     _report(source, model, report, seed)
+    return model
+
+
+def _class(source: Path | str, config: Any, task: Task | None) -> Any:
+    """The automatic class of a task, or the very class that the folder names. Errors: SlimtuneError."""
+    import transformers
+
+    if task is not None:
+        return getattr(transformers, _CLASSES[task])
+    name = next(iter(getattr(config, "architectures", None) or ()), None)
+    found = getattr(transformers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise SlimtuneError(f"{source}: its config names no model class of transformers ({name}).",
+                            f"Say the task: {listing(_CLASSES)}")
+    return found
+
+
+def _plain(cls: Any, config: Any, options: dict[str, Any], device: str) -> "PreTrainedModel":
+    """The model of a config, as it is before weights are loaded."""
+    with torch.device(device):
+        if hasattr(cls, "from_config"):  # an automatic one
+            return cls.from_config(config, trust_remote_code=False, **options).eval()
+        return cls._from_config(config, **options).eval()
+
+
+def _shrunk(folder: Path, config: Any, cls: Any, options: dict[str, Any], seed: int, meta: bool) -> "PreTrainedModel":
+    """A model of one of our folders, what it lacks drawn from the seed."""
+    manifest, tensors = read_model(folder, shapes_only=meta)
+    keep = options["dtype"] == "auto"
+    if keep:
+        options = {"attn_implementation": options["attn_implementation"]}
+    with _seeded(seed):
+        model = _plain(cls, config, options, "meta" if meta else "cpu")
+    report = fill(model, manifest, tensors, folder, keep)
+    if GENERATION in manifest["files"] and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    if not meta:
+        _report(folder, model, report, seed)
     return model
 
 
@@ -155,19 +198,19 @@ def model_config(source: Path | str, **options: Any) -> Any:
         raise _unreadable(source, "config", error) from error
 
 
-def _config(source: Path | str, task: Task, num_labels: int | None, label_names: Sequence[str]) -> Any:
+def _config(source: Path | str, task: Task | None, num_labels: int | None, label_names: Sequence[str]) -> Any:
     """The folder's config with the task's labels; an end token pads where nothing else does."""
     options: dict[str, Any] = {}
     if task == "regression":
         options = {"num_labels": 1, "problem_type": "regression"}
-    elif task in ("classification", "token_classification", "image_classification"):
+    elif task not in ("causal_lm", "seq2seq"):
         if label_names:
             options = {"id2label": dict(enumerate(label_names)),
                        "label2id": {name: i for i, name in enumerate(label_names)}}
         elif num_labels is not None:
             options = {"num_labels": num_labels}
-        if task != "token_classification":
-            options["problem_type"] = "single_label_classification"
+        if task not in (None, "token_classification"):
+            options["problem_type"] = f"{'multi' if task.startswith('multi') else 'single'}_label_classification"
     if label_names and num_labels not in (None, len(label_names)):
         raise SlimtuneError(f"num_labels is {num_labels}, but there are {len(label_names)} label names.")
     config = model_config(source, **options)

@@ -8,6 +8,7 @@ from slimtune.core.anatomy import dissect
 from slimtune.core.attach import attach
 from slimtune.core.delta import Delta
 from slimtune.core.insert import CHILD, Root
+from slimtune.core.labels import Labels
 from slimtune.core.unfreeze import base_parameters
 from slimtune.errors import DeltaError, SlimtuneError, listing
 from slimtune.io.delta_folder import NOTHING
@@ -20,7 +21,7 @@ from slimtune.io.peft_weights import READERS, Found, Source, norm_method
 _READERS = {**READERS, "PROMPT_TUNING": read_prompt, "PREFIX_TUNING": read_prefix}
 
 
-def load_peft(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta:
+def load_peft(model: nn.Module, folder: Path | str, name: str | None = None, labels: Labels = "model") -> Delta:
     """The delta of a PEFT folder (LoRA, IA3, LN, prefix and prompt tuning), attached and active.
 
     Module names of transformers 4 are renamed by transformers' own conversion mapping. A fused projection
@@ -47,7 +48,7 @@ def load_peft(model: nn.Module, folder: Path | str, name: str | None = None) -> 
     if not found.methods:
         raise DeltaError(f"{folder}: holds no tensor of a {kind} adapter.", NOTHING)
     try:
-        delta = attach(model, found.methods, name or "default", anatomy=anatomy, state=found.state)
+        delta = attach(model, found.methods, name or "default", anatomy=anatomy, state=found.state, labels=labels)
     except SlimtuneError as error:
         raise DeltaError(f"{folder}: {error.what}", *error.more) from None
     delta.info = {"peft": {k: v for k in ("peft_type", "peft_version", "task_type", "base_model_name_or_path")

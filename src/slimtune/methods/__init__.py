@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from slimtune.methods.dsee import DSEE
     from slimtune.methods.fact import FacT
     from slimtune.methods.full import Full
+    from slimtune.methods.gates import Gates
     from slimtune.methods.houlsby import Houlsby
     from slimtune.methods.ia3 import IA3
     from slimtune.methods.intrinsic_dimension import IntrinsicDimension
@@ -103,6 +104,7 @@ __all__ = [
     "DoRA",
     "FacT",
     "Full",
+    "Gates",
     "Houlsby",
     "IntrinsicDimension",
     "KAdaptation",

@@ -19,7 +19,7 @@ from torch import Tensor
 from slimtune.errors import MethodError, listing, suggest
 
 Ties: TypeAlias = Literal["exact", "threshold"]
-Rule: TypeAlias = Literal["floor", "round", "above"]
+Rule: TypeAlias = Literal["floor", "ceil", "round", "above"]
 Scores: TypeAlias = Mapping[str, Tensor]
 Keep: TypeAlias = dict[str, Tensor]
 
@@ -27,15 +27,16 @@ Keep: TypeAlias = dict[str, Tensor]
 def removed(sparsity: float, count: int, rule: Rule = "floor") -> int:
     """k, the number of units that go.
 
-    rule: "floor"; "round", as torch.nn.utils.prune; "above", floor + 1, as the code of "Rethinking the Value of Network
-    Pruning" has it.
+    rule: "floor"; "ceil", as SparseAdapter's code; "round", as torch.nn.utils.prune; "above", floor + 1, as the code of
+    "Rethinking the Value of Network Pruning".
 
     Example:
-        >>> [removed(0.5, 5, rule) for rule in ("floor", "round", "above")]
-        [2, 2, 3]
+        >>> [removed(0.5, 5, rule) for rule in ("floor", "ceil", "round", "above")]
+        [2, 3, 2, 3]
     """
-    exact = round(sparsity * count, 9)  # 0.7 * 10 is 7, not 6.999...
-    k = {"floor": math.floor(exact), "round": round(exact), "above": math.floor(exact) + 1}[rule]
+    exact = round(sparsity * count, 6)  # 0.7 * 10 is 7, not 6.999...
+    k = {"floor": math.floor(exact), "ceil": math.ceil(exact), "round": round(exact),
+         "above": math.floor(exact) + 1}[rule]
     return min(k, count)
 
 
@@ -78,8 +79,17 @@ def row(scores: Scores, sparsity: float, ties: Ties = "exact", rule: Rule = "flo
     """The same share of each row, that is of what enters one output. Errors: MethodError for units without rows."""
     if flat := [name for name, s in scores.items() if s.dim() != 2]:
         raise MethodError(f"allocation 'row': {flat[0]} has no rows.", "Choose uniform or global.")
-    return {name: torch.stack([lowest(r, removed(sparsity, r.numel(), rule), ties) for r in s])
-            for name, s in scores.items()}
+    return {name: _rows(s, removed(sparsity, s.shape[1], rule), ties) for name, s in scores.items()}
+
+
+def _rows(scores: Tensor, k: int, ties: Ties) -> Tensor:
+    """`lowest` of each row."""
+    keep = torch.ones_like(scores, dtype=torch.bool)
+    if k > 0 and ties == "threshold":
+        keep = scores > scores.kthvalue(k, 1, keepdim=True).values
+    elif k > 0:
+        keep.scatter_(1, scores.argsort(dim=1, stable=True)[:, :k], False)
+    return keep
 
 
 def er(scores: Scores, sparsity: float, ties: Ties = "exact", rule: Rule = "floor") -> Keep:

@@ -45,12 +45,14 @@ class Budget(BaseModel):
 
 
 def within(scores: Mapping[str, Tensor], cost: Mapping[str, float], sparsity: float) -> dict[str, Tensor]:
-    """What is kept of each tensor of units."""
-    values = torch.cat([s.reshape(-1).double() for s in scores.values()])
+    """What is kept of each tensor of units: all that can be paid for, but nothing that scores -inf, as the dead do."""
+    values = torch.cat([s.reshape(-1).double().cpu() for s in scores.values()])
     prices = torch.cat([torch.full((s.numel(),), cost[n], dtype=torch.float64) for n, s in scores.items()])
     limit = float(prices.sum()) * (1 - sparsity) * (1 + 1e-12)
-    kinds = prices.unique()
-    keep = _two(values, prices, kinds, limit) if len(kinds) <= 2 else _greedy(values, prices, limit)
+    kinds, alive = prices.unique(), values > -torch.inf
+    keep = torch.zeros_like(alive)
+    keep[alive] = (_two(values[alive], prices[alive], kinds, limit) if len(kinds) <= 2
+                   else _greedy(values[alive], prices[alive], limit))
     parts = keep.split([s.numel() for s in scores.values()])
     return {n: part.reshape(s.shape).to(s.device) for (n, s), part in zip(scores.items(), parts, strict=True)}
 
@@ -80,5 +82,3 @@ def _greedy(values: Tensor, prices: Tensor, limit: float) -> Tensor:
         if spent + float(prices[i]) <= limit:
             keep[i], spent = True, spent + float(prices[i])
     return keep
-
-

@@ -16,14 +16,18 @@ from slimtune.sparsity.view import View
 class Criterion(BaseModel):
     """What every criterion states.
 
-    needs_data: it reads view.batches. changes: it moves what lives to make up for what is pruned (`repair`), and so
-    needs weights that the delta trains. signed: a score below 0 is worse than none, and not a matter of size.
+    needs_data: it reads view.batches. observes: its scores are learned while the weights train (see observe.py).
+    changes: it moves what lives to make up for what is pruned (`repair`), and so needs weights that the delta trains.
+    signed: a score below 0 is worse than none, and not a matter of size. allocation: how its paper compares scores.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     needs_data: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     changes: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
+    allocation: ClassVar[str] = "global"
 
     def score(self, view: View) -> dict[str, Tensor]:
         """A score for each weight of each target, of its shape; the lowest are pruned."""

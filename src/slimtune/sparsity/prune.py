@@ -1,4 +1,5 @@
 """prune: score, allocate, mask; once. Schedules call it again with more (see schedule.py)."""
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,12 @@ from slimtune.sparsity.allocation import Rule, Ties, find_allocation
 from slimtune.sparsity.budget import Budget, within
 from slimtune.sparsity.criterion import Criterion, as_criterion, criterion_config
 from slimtune.sparsity.granularity import NM, Element, Granularity, as_granularity
+from slimtune.sparsity.schedule import geometric
 from slimtune.sparsity.structure import gate_scores
 from slimtune.sparsity.target import On, Target, denominator, targets
 from slimtune.sparsity.view import Batch, View, task_loss
+
+log = logging.getLogger("slimtune")
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,19 @@ class Sparsity:
 
 
 def prune(delta: Delta, sparsity: float | None = None, criterion: Criterion | str | dict[str, Any] = "magnitude", *,
-          on: On = "delta", allocation: str | Budget = "global",
+          on: On = "delta", allocation: str | Budget | None = None,
           granularity: Granularity | str | dict[str, Any] = "element", by: str = "own",
           batches: Sequence[Batch] = (), sites: Sequence[str] = ("linear",), blocks: Sequence[int] | None = None,
           pooler: bool = False, ties: Ties = "exact", rule: Rule = "floor", seed: int = 0,
-          loss: Callable[..., Tensor] = task_loss) -> Sparsity:
+          loss: Callable[..., Tensor] = task_loss, notes: dict[str, Any] | None = None) -> Sparsity:
     """Prune a delta, the backbone below it, or both, to a sparsity; masks that hold already count, and stay.
 
     sparsity: the share that is 0 afterwards; of n:m it follows, and is not given.
     on, sites, blocks, pooler: what may be pruned (see target.py). by: with on="gates", "own" scores the gates
     themselves, and "weights" sums the scores of the weights that go with each head and neuron.
+    allocation: by default as the criterion's paper compares scores, mostly "global".
     batches: inputs with labels, for a criterion that needs them. ties, rule: see allocation.py.
+    notes: what an observing criterion has seen.
 
     Errors: MethodError for a combination that cannot be, with the reason; nothing is changed then.
     Example:
@@ -62,25 +68,48 @@ def prune(delta: Delta, sparsity: float | None = None, criterion: Criterion | st
     """
     rule_of, units = as_criterion(criterion), as_granularity(granularity)
     chosen = targets(delta, on, sites, blocks, pooler)
-    _check(sparsity, rule_of, units, on, by, allocation)
+    check(delta, sparsity, rule_of, units, on, by, allocation)
+    if allocation is None:
+        allocation = "global" if on == "gates" else rule_of.allocation
     held = {name: delta.masks[name] for name in chosen if name in delta.masks}
-    view = View(delta, chosen, batches, seed, loss, held)
-    if by == "weights":
-        base = targets(delta, "base")
-        weights = View(delta, base, batches, seed, loss, {n: m for n, m in delta.masks.items() if n in base})
-        scores = gate_scores(delta, chosen, rule_of.score(weights))
-    else:
-        scores = rule_of.score(view)
+    view = View(delta, chosen, batches, seed, loss, held, {} if notes is None else notes)
+    scores = rule_of.score(view) if by == "own" else _of_gates(view, rule_of)
     masks = _masks(view, scores, sparsity, allocation, units, ties, rule)
-    if rule_of.changes:
+    if rule_of.changes and by == "own":
         rule_of.repair(view, masks)
     delta.set_masks({**delta.masks, **masks})
     found = measured(masks, denominator(on, pooler))
+    if dead := [n for n, (kept, _) in found.tensors.items() if not kept and n in delta.tensors() and on != "gates"]:
+        log.warning("nothing lives any more of %d of %d tensors, such as %s", len(dead), len(masks), dead[0])
     delta.info["sparsity"] = [*delta.info.get("sparsity", []), {
         **found.as_dict(), "criterion": criterion_config(rule_of), "on": on, "by": by,
         "allocation": allocation if isinstance(allocation, str) else allocation.model_dump(mode="json"),
         "granularity": {"name": type(units).__name__.lower(), **units.model_dump(mode="json")}}]
     return found
+
+
+def prune_in_rounds(delta: Delta, sparsity: float, rounds: int, criterion: Criterion | str | dict[str, Any] = "snip",
+                    **options: Any) -> Sparsity:
+    """prune() again and again, scored anew each time: a share (1 - sparsity)^(r / rounds) lives after round r.
+
+    options: those of prune(). Errors: as prune's; the masks of the rounds before stand then.
+    """
+    before = delta.info.get("sparsity", [])
+    *shares, last = geometric(sparsity, rounds)
+    for share in shares:
+        prune(delta, share, criterion, **options)
+    found = prune(delta, last, criterion, **options)
+    delta.info["sparsity"] = [*before, {**delta.info["sparsity"][-1], "rounds": rounds}]
+    return found
+
+
+def _of_gates(view: View, rule: Criterion) -> dict[str, Tensor]:
+    """Scores of gates from those of the weights that go with them, of which the dead count for nothing."""
+    base = targets(view.delta, "base")
+    held = {n: m for n, m in view.delta.masks.items() if n in base}
+    scores = rule.score(View(view.delta, base, view.batches, view.seed, view.loss, held, view.notes))
+    return gate_scores(view.delta, view.targets,
+                       {n: s.masked_fill(~held[n], 0) if n in held else s for n, s in scores.items()})
 
 
 def measured(masks: dict[str, Tensor], what: str) -> Sparsity:
@@ -125,11 +154,12 @@ def _turned(t: Tensor, target: Target) -> Tensor:
     return t.mT if target.transposed else t
 
 
-def _check(sparsity: float | None, rule: Criterion, units: Granularity, on: On, by: str,
-           allocation: str | Budget) -> None:
+def check(delta: Delta, sparsity: float | None, rule: Criterion, units: Granularity, on: On, by: str,
+          allocation: str | Budget | None) -> None:
+    """Errors: MethodError for what cannot be pruned so, with the reason."""
     name = type(rule).__name__
     if isinstance(units, NM):
-        if sparsity is not None or allocation != "global":
+        if sparsity is not None or allocation is not None:
             raise MethodError(f"{units.n}:{units.m} decides its own sparsity, 1 - n / m, in each group of weights.",
                               "Leave sparsity and allocation out.")
     elif sparsity is None or not 0 <= sparsity < 1:
@@ -138,6 +168,8 @@ def _check(sparsity: float | None, rule: Criterion, units: Granularity, on: On, 
     if by not in ("own", "weights") or (by == "weights" and on != "gates"):
         raise MethodError(f"by='{by}' with on='{on}': only gates can be scored by the weights that go with them.",
                           "Say on='gates' with by='weights', or leave by out.")
+    if isinstance(allocation, str):
+        find_allocation(allocation)
     if isinstance(allocation, Budget) and (on != "gates" or not isinstance(units, Element)):
         raise MethodError("a budget counts what heads and neurons cost, and they are gates.",
                           "Say on='gates', with granularity='element'.")
@@ -146,3 +178,7 @@ def _check(sparsity: float | None, rule: Criterion, units: Granularity, on: On, 
                           "Choose granularity='element' or n:m.")
     if on == "gates" and by == "own" and rule.changes:
         raise MethodError(f"{name} moves weights, and gates are none.", "Choose another criterion, or by='weights'.")
+    if rule.needs_data and (delta.merged or not delta.active):
+        raise MethodError(f"{name} runs the model with delta '{delta.name}', which is "
+                          f"{'merged' if delta.merged else 'not active'}.",
+                          f"Call {'unmerge' if delta.merged else 'activate'}() first.")

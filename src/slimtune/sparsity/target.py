@@ -88,13 +88,13 @@ def _of_base(delta: Delta, sites: Sequence[str], blocks: Sequence[int] | None, p
     for path, here in at.items():
         name = f"own.{path}.weight"
         if name in base:  # a tied weight has one name
-            found[name] = Target(name, own.get(name) or _standing(delta, path), tuple(here), here[0].transposed, path)
+            found[name] = Target(name, own.get(name, _standing(delta, path)), tuple(here), here[0].transposed, path)
     if pooler:
         path = join(delta.anatomy.base, "pooler", "dense")
         if lookup(delta.model, path) is None:
             raise SiteError(f"this {delta.anatomy.model_type} has no pooler to prune.", "Leave pooler out.")
         name = f"own.{path}.weight"
-        found[name] = Target(name, own.get(name) or _standing(delta, path), module=path)
+        found[name] = Target(name, own.get(name, _standing(delta, path)), module=path)
     return found
 
 

@@ -29,6 +29,7 @@ class View:
 
     targets: by name of state. masks: those that hold already; a weight that is dead stays so. batches: the model's
     inputs, labels included. loss: of (model, batch), a mean over its examples. seed: of all that a criterion draws.
+    notes: what criteria keep from one call to the next.
     """
 
     delta: Delta
@@ -37,6 +38,7 @@ class View:
     seed: int = 0
     loss: Callable[[nn.Module, Batch], Tensor] = task_loss
     masks: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def model(self) -> nn.Module:
