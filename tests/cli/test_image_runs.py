@@ -1,12 +1,15 @@
 """Images from recipe to predictions, on tiny vision models: what is scored, resumed, printed, and refused."""
 import json
+import zipfile
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from slimtune.recipe import digest_run, predict_run, read_recipe, run
+from slimtune.recipe.use import load_run
 from slimtune.testing import tiny
 
 
@@ -79,6 +82,54 @@ def test_families_at_their_own_size_and_another(cli, recipe, gallery, tmp_path, 
     assert cli("tune", path, "--quiet").exit_code == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert (result["steps"], result["examples"]) == (2, {"train": 24, "test": 12})
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """A set laid out as ELEVATER's VOC 2007: an image is bright at the left, at the right, at both sides or at none."""
+    home, rng = tmp_path / "voc", np.random.default_rng(0)
+    home.mkdir()
+    for split, each in (("train", 24), ("test", 12)):
+        tree = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "left"}, {"id": 2, "name": "right"}]}
+        with zipfile.ZipFile(home / f"{split}.zip", "w") as out:
+            for i in range(each):
+                scan = rng.integers(0, 80, (20, 20, 3), dtype=np.uint8)
+                for c in range(2):
+                    if i >> c & 1:
+                        scan[:, 10 * c:10 * c + 10] += 150
+                        tree["annotations"].append({"image_id": i, "category_id": c + 1})
+                with out.open(f"{i}.png", "w") as file:
+                    Image.fromarray(scan).save(file, "png")
+                tree["images"].append({"id": i, "file_name": f"{split}.zip@{i}.png"})
+        (home / f"{split}.json").write_text(json.dumps(tree))
+    return home
+
+
+def test_several_labels_an_image_from_index_to_predictions(cli, recipe, voc, gallery, tmp_path):
+    data = {"task": "multi_label_image_classification", "layout": "elevater", "path": str(voc), "train": None,
+            "test": None}
+    tuned = cli("tune", recipe(data=data, train={"steps": 100}))
+    assert tuned.exit_code == 0, tuned.output
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["task"], result["labels"]) == (data["task"], ["left", "right"])
+    scores = result["metrics"]["test"]
+    assert set(scores) == {"loss", "map_11", "map", "macro_f1"}
+    assert (scores["map_11"], scores["macro_f1"]) == (1.0, 1.0)
+    assert digest_run(tmp_path / "run") == result["predictions_sha256"]
+    tuned_run, rows = load_run(tmp_path / "run"), list(predict_run(tmp_path / "run", voc / "test.zip"))
+    assert tuned_run.model.config.problem_type == "multi_label_classification"
+    wanted = {f"{i}.png": [name for c, name in enumerate(("left", "right")) if i >> c & 1] for i in range(12)}
+    assert {row["image"].rpartition("@")[2]: row["labels"] for row in rows} == wanted
+    told = cli("predict", tmp_path / "run", "--image", gallery / "test/right/0.png")
+    line = json.loads(told.stdout)
+    assert line["labels"] == ["right"]
+    with torch.no_grad():   # the loss is the mean cross-entropy of each label on its own
+        batch = tuned_run.tokenizer.collate([{"pixel_values": torch.zeros(3, 16, 16, dtype=torch.uint8),
+                                              "labels": [1.0, 0.0]}])
+        out = tuned_run.model(**batch)
+    torch.testing.assert_close(out.loss, -(out.logits[0] * torch.tensor([1, -1])).sigmoid().log().mean())
+    refused = cli("tune", recipe(data=data, train={"best": "accuracy"}, output=str(tmp_path / "other")))
+    assert (refused.exit_code, "train.best" in refused.stderr) == (2, True)
 
 
 class StopError(Exception):

@@ -21,6 +21,7 @@ def test_it_measures_proposes_and_goes_on(cli, recipe, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [".lock", "env.json", "intrinsic.json", "recipe.yaml"]
     # the head, and for each: full tuning, 4, 8 and 16 numbers, one bisection
     assert first.stdout.splitlines()[0] == "11 trainings at most, of 2 steps each, for 2 submodules; 0 are known"
+    assert f"; scores on {told['validation']} validation examples" in " ".join(first.stdout.split())
     assert len(trained(first.stdout)) == len(told["trainings"]) <= 11
     assert {p["part"] for p in told["parts"]} == {"attn.q", "attn.v"}
     for part in told["parts"]:

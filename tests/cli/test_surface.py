@@ -21,6 +21,8 @@ SURFACE = {
     "inspect": ["model"],
     "check": ["recipe", "overrides", "--schema"],
     "convert": ["src", "dst", "--to", "--model"],
+    "prune": ["recipe", "overrides", "--resume", "--quiet"],
+    "export": ["source", "--to", "--int8", "--output"],
     "search": [],
 }
 SEARCHES = {"intrinsic": ["recipe", "overrides", "--sites", "--per-block", "--share", "--of", "--against", "--steps",
@@ -54,6 +56,8 @@ def test_the_surface_is_frozen():
     (["search", "intrinsic", "x.yaml", "--start", "9", "--most", "8"], "--start 9 is above --most 8."),
     (["search", "intrinsic", "x.yaml", "--of", "gains"], "gain"), (["search", "intrinsik"], "intrinsic"),
     (["convert", "no-such", "x"], "DeltaError: no-such: no delta"),
+    (["export", "minlim"], "Did you mean 'minilm'?"), (["export", "minilm"], "BertModel has no head that classifies"),
+    (["export", "run", "--to", "onxx"], "openvino"), (["export"], "SOURCE"),
     (["predict", "run"], "predict needs texts"), (["predict", "run", "f.csv", "--text", "x"], "predict needs texts"),
     (["predict", "run", "--text", "a", "--pair", "b", "--pair", "c"], "2 --pair for 1 --text"),
     (["predict", "run", "--text", "x"], "RecipeError: run: no such folder."),

@@ -10,9 +10,11 @@ import typer
 from slimtune.cli.check import check
 from slimtune.cli.convert import convert
 from slimtune.cli.eval import evaluate
+from slimtune.cli.export import export
 from slimtune.cli.inspect import inspect
 from slimtune.cli.methods import methods
 from slimtune.cli.predict import predict
+from slimtune.cli.prune import prune
 from slimtune.cli.search import app as search
 from slimtune.cli.tune import tune
 
@@ -21,7 +23,8 @@ app = typer.Typer(name="slimtune", add_completion=False, no_args_is_help=True, r
                   context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
                   epilog="Exit codes: 0 done, 1 the run failed, 2 bad input, 3 interrupted and resumable.")
 for _name, _verb in (("tune", tune), ("eval", evaluate), ("predict", predict), ("methods", methods),
-                     ("inspect", inspect), ("check", check), ("convert", convert)):
+                     ("inspect", inspect), ("check", check), ("convert", convert),
+                     ("prune", prune), ("export", export)):
     app.command(_name)(_verb)
 app.add_typer(search, name="search")
 

@@ -19,6 +19,7 @@ def predict(run: Annotated[str, typer.Argument(metavar="RUN", help="The folder o
             image: Annotated[list[str] | None, typer.Option(help="An image file, in place of FILE; may be "
                                                             "repeated.")] = None) -> None:
     """Predict with a run: prints one JSON object a line, in the order of the input."""
+    from slimtune.data.spec import IMAGES
     from slimtune.recipe.folder import open_run
     from slimtune.recipe.use import parse_lines, predict_run
 
@@ -32,7 +33,7 @@ def predict(run: Annotated[str, typer.Argument(metavar="RUN", help="The folder o
         given = parse_lines(sys.stdin)
     elif text or image:
         spec = open_run(run)[1].data
-        if bool(image) != (spec.task == "image_classification"):
+        if bool(image) != (spec.task in IMAGES):
             raise DataError(f"--{'image' if image else 'text'}: {run} is a run of {spec.task}.",
                             f"Give --{'text' if image else 'image'}, or a file.")
         given = [{spec.image if image else spec.text: one} for one in text or image or ()]

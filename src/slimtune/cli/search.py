@@ -56,7 +56,8 @@ def intrinsic(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A re
              f"> {min(most, m.part.numbers):,}" if m.dimension is None else f"{m.dimension:,}"] for m in found.table]
     print()
     table(["submodule", "numbers", f"{metric} in full", "target", "dimension"], rows,
-          f"local intrinsic dimension: {share:.0%} of the {of}; the head alone has {found.values['head']:.4f}")
+          f"local intrinsic dimension: {share:.0%} of the {of}; the head alone has {found.values['head']:.4f}; "
+          f"scores on {found.values['validation']:,} validation examples")
     print(f"\n{_advice(found.proposal, [m.dimension for m in found.table], recipe, of)}\nfolder: {found.folder}")
 
 

@@ -2,6 +2,7 @@
 from typing import Any
 
 from slimtune.data.metrics import METRICS
+from slimtune.data.spec import IMAGES
 from slimtune.recipe.promise import promise
 from slimtune.recipe.tree import Recipe
 
@@ -59,7 +60,7 @@ def _loading(recipe: Recipe, result: dict[str, Any]) -> list[str]:
             f"model = load_model({recipe.model!r}, {recipe.data.task!r}{labels}, seed={recipe.seed})",
             f"slimtune.load(model, {str(recipe.folder / 'delta')!r})",
             f"# or: slimtune predict {recipe.folder} " + (
-                "--image photo.jpg" if recipe.data.task == "image_classification" else '--text "..."')]
+                "--image photo.jpg" if recipe.data.task in IMAGES else '--text "..."')]
 
 
 def notes(recipe: Recipe, result: dict[str, Any], env: dict[str, Any]) -> list[str]:

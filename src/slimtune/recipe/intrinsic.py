@@ -84,7 +84,8 @@ def search_intrinsic(recipe: Recipe, search: Search, sites: Sequence[str] = (), 
         table = ranked([measure(part, book.part, head, search, trials.higher, whole) for part in chosen])
         proposal = propose(loaded, lowest(table))
         values = {"slimtune": version("slimtune"), "model": recipe.model, **search_by, "search": asdict(search),
-                  "trainings": book.scores, "head": head, "parts": [_row(m) for m in table], "proposal": proposal}
+                  "validation": len(loaded.data.validation), "trainings": book.scores, "head": head,
+                  "parts": [_row(m) for m in table], "proposal": proposal}
         write_json(recipe.folder / FILE, values)
         shutil.rmtree(trials.folder, ignore_errors=True)
     return Found(recipe.folder, table, proposal, book.ran, values)

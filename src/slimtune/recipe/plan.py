@@ -14,6 +14,7 @@ from slimtune.io.models import load_model
 from slimtune.privacy.ledger import Ledger
 from slimtune.recipe.reader import reader
 from slimtune.recipe.tree import Recipe
+from slimtune.train.pruning import check_pruning
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def plan(recipe: Recipe) -> Plan:
     labels = data.label_names if data else recipe.data.labels or ()
     model = load_model(recipe.model, recipe.data.task, label_names=labels, meta=True)
     delta = attach(model, recipe.method, recipe.delta_name, seed=recipe.seed)
+    check_pruning(delta, recipe.prune, recipe.train, recipe.privacy is not None)
     notes.append("activations are not estimated: `slimtune tune` reports the peak memory that it measured")
     needed = memory(model, delta)
     if recipe.privacy is not None:

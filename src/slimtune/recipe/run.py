@@ -12,9 +12,11 @@ from slimtune.core.load import load_delta
 from slimtune.data import prepare
 from slimtune.data.examples import Prepared
 from slimtune.data.metrics import Score
+from slimtune.data.spec import IMAGES, MULTI_LABEL
 from slimtune.errors import RecipeError, listing, suggest
 from slimtune.io.models import load_model
 from slimtune.methods import to_config
+from slimtune.objectives.distillation import Teacher
 from slimtune.recipe.card import card
 from slimtune.recipe.digest import digest, judged
 from slimtune.recipe.env import environment, version
@@ -31,9 +33,11 @@ from slimtune.recipe.folder import (
 )
 from slimtune.recipe.reader import by_length, reader
 from slimtune.recipe.scoring import finite, scores_of, scoring
+from slimtune.recipe.teacher import teacher
 from slimtune.recipe.tree import Recipe
 from slimtune.train import TrainResult, fit, predict
 from slimtune.train.predict import Step
+from slimtune.train.pruning import check_pruning
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -62,6 +66,7 @@ class Parts:
     delta: Delta
     score: Score
     step: Step
+    teacher: Teacher | None = None
 
 
 def run(recipe: Recipe, *, resume: Literal["auto", False] = "auto", report: Report | None = None) -> Result:
@@ -82,7 +87,8 @@ def run(recipe: Recipe, *, resume: Literal["auto", False] = "auto", report: Repo
     with begun(recipe, resume == "auto"):
         write_json(recipe.folder / ENV, environment())
         trained = fit(parts.delta, parts.data.train, parts.data.validation, parts.data.collate, parts.score,
-                      recipe.train, recipe.folder, report=report, step=parts.step, privacy=recipe.privacy)
+                      recipe.train, recipe.folder, report=report, step=parts.step, privacy=recipe.privacy,
+                      pruning=recipe.prune, objective=parts.teacher)
         return _finish(recipe, parts, trained, start)
 
 
@@ -101,15 +107,16 @@ def load(recipe: Recipe) -> Parts:
     model = load_model(recipe.model, spec.task, label_names=data.label_names, seed=recipe.seed)
     delta = attach(model, recipe.method, recipe.delta_name, seed=recipe.seed)
     delta.info.update(about(recipe, data.label_names, data.images))
+    check_pruning(delta, recipe.prune, recipe.train, recipe.privacy is not None)
     score, step = scoring(spec, data.label_names, tokenizer)
-    return Parts(model, tokenizer, data, delta, score, step)
+    return Parts(model, tokenizer, data, delta, score, step, teacher(recipe, data.label_names))
 
 
 def about(recipe: Recipe, labels: Sequence[str], images: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a delta's file says of its use."""
     spec = recipe.data
     told = {"task": spec.task, "labels": list(labels), "model": recipe.model}
-    if spec.task == "image_classification":
+    if spec.task in IMAGES:
         return told | ({"images": dict(images)} if images else {})
     told |= {"max_length": spec.max_length, "text": spec.text}
     extra = {"pair": spec.pair, "target": spec.target if spec.task == "seq2seq" else None,
@@ -120,7 +127,8 @@ def about(recipe: Recipe, labels: Sequence[str], images: Mapping[str, Any] | Non
 _MEASURED = {"classification": ("accuracy", "macro_f1", "matthews"), "regression": ("pearson", "spearman", "mse"),
              "token_classification": ("accuracy", "token_f1", "entity_f1"), "seq2seq": ("bleu", "chrf", "rougeL"),
              "causal_lm": ("perplexity", "token_loss"),
-             "image_classification": ("accuracy", "class_accuracy", "macro_f1", "roc_auc")}
+             "image_classification": ("accuracy", "class_accuracy", "macro_f1", "roc_auc"),
+             MULTI_LABEL: ("map_11", "map", "macro_f1")}
 
 
 def _check_best(recipe: Recipe, data: Prepared) -> None:
@@ -167,6 +175,7 @@ def _finish(recipe: Recipe, parts: Parts, trained: TrainResult, start: float) ->
         "best_step": trained.best.name.rpartition("-")[2] if trained.best else None,
         "resumed_from": trained.resumed_from.name if trained.resumed_from else None,
         "stopped_early": trained.stopped_early, "privacy": trained.privacy,
+        "sparsity": (parts.delta.info.get("sparsity") or [None])[-1],
         "seconds": {"train": trained.seconds, "test": ended - saved, "all": ended - start},
         "peak_memory": trained.peak_memory_mb, "added_memory": trained.added_memory_mb,
         "files": {DELTA: sum(p.stat().st_size for p in (folder / DELTA).iterdir()),

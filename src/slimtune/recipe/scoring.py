@@ -7,6 +7,7 @@ from torch import Tensor
 
 from slimtune.data import DataSpec, metrics
 from slimtune.data.metrics import Score, tag_names
+from slimtune.data.spec import MULTI_LABEL
 from slimtune.train import Predictions, generated, logits, token_losses
 from slimtune.train.predict import Step
 
@@ -29,9 +30,10 @@ def tell(spec: DataSpec, labels: Sequence[str], found: Predictions, words: Seque
     """Predictions as one plain mapping an example, in order.
 
     classification: {label, scores}, scores are probabilities. image_classification: the same behind {image}.
+    multi_label_image_classification: {image, labels, scores}, the labels of a probability above 0.5.
     regression: {score}. token_classification: {words, tags}; a word that was cut off has the tag None. causal_lm:
     {token_loss, perplexity, tokens}, in nats a token. seq2seq: {text}. words: for token_classification, (words, the
-    word of each token) of each example; for image_classification, the images' names.
+    word of each token) of each example; for images, their names.
 
     Example:
         >>> spec = DataSpec(task="classification", test="x.csv")
@@ -46,6 +48,10 @@ def tell(spec: DataSpec, labels: Sequence[str], found: Predictions, words: Seque
         for name, row in zip(words, values.softmax(-1), strict=True):
             yield {"image": name, "label": labels[int(row.argmax())],
                    "scores": dict(zip(labels, row.tolist(), strict=True))}
+    elif spec.task == MULTI_LABEL:
+        for name, row in zip(words, values.sigmoid().tolist(), strict=True):
+            yield {"image": name, "labels": [label for label, score in zip(labels, row, strict=True) if score > 0.5],
+                   "scores": dict(zip(labels, row, strict=True))}
     elif spec.task == "regression":
         yield from ({"score": float(row)} for row in values.reshape(len(values)))
     elif spec.task == "token_classification":

@@ -19,9 +19,11 @@ from pydantic_core import to_json
 from slimtune.data import DataSpec
 from slimtune.errors import MethodError, RecipeError, listing
 from slimtune.methods import Method, get, names, to_config
+from slimtune.objectives.distillation import Distillation
 from slimtune.privacy.spec import PrivacySpec
 from slimtune.recipe.document import Document
 from slimtune.recipe.explain import explain
+from slimtune.train.prunespec import PruneSpec
 from slimtune.train.spec import TrainSpec, private_spec
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -76,6 +78,8 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="of new weights; and, where train.seed is not given, of the order "
                       "of the examples and of dropout. data.seed, which draws splits, stays apart")
     privacy: PrivacySpec | None = Field(None, description="differential privacy of the training examples")
+    prune: PruneSpec | None = Field(None, description="what is pruned, by which criterion, and when")
+    distill: Distillation | None = Field(None, description="a teacher, whose outputs are learnt beside the labels")
     train: TrainSpec = Field(default_factory=TrainSpec, description="how it is trained")
     output: str = Field(default_factory=lambda data: f"runs/{data['name']}", min_length=1,
                         description="folder of the run; by default runs/NAME")
@@ -92,6 +96,13 @@ class Recipe(BaseModel):
         if not NAME.fullmatch(name):
             raise ValueError("a name has letters, digits, '_', '-' and '.', and begins with a letter or digit")
         return name
+
+    @field_validator("distill")
+    @classmethod
+    def _taught(cls, distill: Distillation | None, info: ValidationInfo) -> Distillation | None:
+        if distill is not None and info.data.get("privacy") is not None:
+            raise ValueError("a teacher's loss is not one of single examples: privacy cannot be kept. Leave one out")
+        return distill
 
     @field_validator("train")
     @classmethod

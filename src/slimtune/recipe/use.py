@@ -14,6 +14,7 @@ from slimtune.data.columns import word_column
 from slimtune.data.examples import Examples
 from slimtune.data.imagerows import ImageRows
 from slimtune.data.imagetables import TABLES, pictures, read_images
+from slimtune.data.spec import IMAGES, MULTI_LABEL
 from slimtune.data.tables import Table, read_table, read_text
 from slimtune.data.tasks import FAMILIES, prepare_unlabelled
 from slimtune.errors import DataError, RecipeError, listing
@@ -98,7 +99,7 @@ def predict_run(folder: Path | str, source: Path | str | Iterable[str | dict[str
     spec = recipe.data.model_copy(update={"pack": False})
     table = table_of(source, spec)
     tuned = load_run(folder)
-    if spec.task == "image_classification":
+    if spec.task in IMAGES:
         return _of_images(tuned, spec, table)
     examples = prepare_unlabelled(spec, tuned.tokenizer, table)
     words: Sequence[Any] = ()
@@ -126,8 +127,9 @@ def _of_images(tuned: Tuned, spec: DataSpec, table: Table) -> Iterator[dict[str,
         found = predict(tuned.model, Examples(table.name, rows), tuned.tokenizer.collate,
                         tuned.recipe.train.eval_batch_size, precision=tuned.recipe.train.precision)
         told = tell(spec, tuned.labels, found, names)
+    said = "labels" if spec.task == MULTI_LABEL else "label"
     for picture in table.columns[spec.image]:
-        yield {"image": picture.name, "label": None, "why": bad[picture.name]} if picture.name in bad else next(told)
+        yield {"image": picture.name, said: None, "why": bad[picture.name]} if picture.name in bad else next(told)
 
 
 def table_of(source: Path | str | Iterable[str | dict[str, Any]], spec: DataSpec) -> Table:
@@ -137,7 +139,7 @@ def table_of(source: Path | str | Iterable[str | dict[str, Any]], spec: DataSpec
         >>> table_of(["fine", "bad"], DataSpec(task="classification", test="x.csv", text="review")).columns
         {'review': ['fine', 'bad']}
     """
-    if spec.task == "image_classification":
+    if spec.task in IMAGES:
         return _table_of_images(source, spec)
     if isinstance(source, Path | str):
         path = Path(source).expanduser()

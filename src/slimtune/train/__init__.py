@@ -5,14 +5,15 @@ from slimtune.train.checkpoint import last_checkpoint
 from slimtune.train.fit import TrainResult, fit
 from slimtune.train.guard import Interrupted
 from slimtune.train.predict import Predictions, evaluate, generated, logits, predict, token_losses
+from slimtune.train.prunespec import PruneSpec
 from slimtune.train.spec import TrainSpec
 
 if TYPE_CHECKING:
     from slimtune.train.callback import DeltaCallback
     from slimtune.train.trainer import DeltaTrainer
 
-__all__ = ["DeltaCallback", "DeltaTrainer", "Interrupted", "Predictions", "TrainResult", "TrainSpec", "evaluate", "fit",
-           "generated", "last_checkpoint", "logits", "predict", "token_losses"]
+__all__ = ["DeltaCallback", "DeltaTrainer", "Interrupted", "Predictions", "PruneSpec", "TrainResult", "TrainSpec",
+           "evaluate", "fit", "generated", "last_checkpoint", "logits", "predict", "token_losses"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from slimtune.core.delta import Delta
 from slimtune.data.examples import Collate
+from slimtune.objectives.distillation import Objective
 from slimtune.privacy.ledger import Ledger
 from slimtune.train.features import Features, Numbered, numbered
 from slimtune.train.journal import Journal
+from slimtune.train.pruning import Pruner
 from slimtune.train.signals import Signals
 from slimtune.train.spec import TrainSpec, more_is_better
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
     from slimtune.train.trainer import DeltaTrainer
 
-_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup",
+              "rewinding": "linear"}  # PruningTrainer makes its own
 _SPREAD = 100_003
 """accelerate orders epoch e by seed + e: without it, seed 1 would begin with seed 0's second epoch."""
 
@@ -26,8 +29,9 @@ _SPREAD = 100_003
 def make_trainer(delta: Delta, data: Any, validation: Any, judge: Callable[[], dict[str, float]], collate: Collate,
                  spec: TrainSpec, folder: Path, facts: Mapping[str, Any], journal: Journal,
                  report: Callable[[dict[str, Any]], None] | None, signals: Signals,
-                 features: Callable[[], Features] | None = None, ledger: Ledger | None = None) -> "DeltaTrainer":
-    """The trainer of a spec; `judge` scores the validation data, `ledger` makes it private."""
+                 features: Callable[[], Features] | None = None, ledger: Ledger | None = None,
+                 pruner: Pruner | None = None, objective: Objective | None = None) -> "DeltaTrainer":
+    """The trainer of a spec; `judge` scores the validation data, `ledger` makes it private, `pruner` moves masks."""
     from transformers import PrinterCallback
 
     from slimtune.train.callback import Flow
@@ -41,9 +45,14 @@ def make_trainer(delta: Delta, data: Any, validation: Any, judge: Callable[[], d
         from slimtune.train.private import PrivateTrainer
 
         made = functools.partial(PrivateTrainer, ledger=ledger, physical=spec.batch_size)
+    if pruner is not None:
+        from slimtune.train.pruningtrainer import PruningTrainer
+
+        made = functools.partial(PruningTrainer, pruner=pruner, rewinding=spec.schedule == "rewinding")
     trainer = made(delta, arguments(spec, folder, len(data), validated, ledger.batch if ledger else None),
                    train_dataset=data, eval_dataset=validation, data_collator=collate, evaluator=judge, facts=facts,
-                   features=features, precision=spec.precision, head_learning_rate=spec.head_learning_rate,
+                   features=features, objective=objective, precision=spec.precision,
+                   head_learning_rate=spec.head_learning_rate,
                    callbacks=[Flow(spec, validated, journal, report, signals)])
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from slimtune.core.delta import Delta
+from slimtune.core.mask import apply_masks, mask_gradients
 from slimtune.train.guard import Finite, Guard
 from slimtune.train.journal import Journal
 from slimtune.train.signals import Signals
@@ -17,7 +18,7 @@ log = logging.getLogger("slimtune")
 
 
 class DeltaCallback(TrainerCallback):
-    """`Trainer(model=delta.model, callbacks=[DeltaCallback(delta)], ...)`: checks and saves the delta.
+    """`Trainer(model=delta.model, callbacks=[DeltaCallback(delta)], ...)`: checks, masks and saves the delta.
 
     Every checkpoint-N gets a folder `delta`, written atomically, which `slimtune.load` reads. The run fails
     when a tensor of the delta does not move at first, or a gradient is not finite.
@@ -40,9 +41,11 @@ class DeltaCallback(TrainerCallback):
         for name, p in self.delta.named_parameters():
             if p.grad is not None:
                 finite.check(p.grad.sum(), f"gradient of {name}", step)
+        mask_gradients(self.delta)
         self.guard.before_step(step, optimizer)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        apply_masks(self.delta)
         self.guard.after_step(state.global_step + 1)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -54,6 +57,9 @@ class DeltaCallback(TrainerCallback):
 
 class Flow(TrainerCallback):
     """The journal, the report, patience, signals, and an evaluation at the end."""
+
+    settled = 0
+    """The step from which on evaluations count for patience."""
 
     def __init__(self, spec: TrainSpec, validated: bool, journal: Journal,
                  report: Callable[[dict[str, Any]], None] | None, signals: Signals) -> None:
@@ -102,7 +108,8 @@ class Flow(TrainerCallback):
             return False
         key, sign = f"eval_{(self.spec.best or '').removeprefix('eval_')}", 1 if more_is_better(self.spec) else -1
         best, count = -math.inf, 0
-        for value in (sign * line[key] for line in state.log_history if key in line):
+        for value in (sign * line[key] for line in state.log_history
+                      if key in line and line["step"] >= self.settled):
             count = 0 if value > best else count + 1
             best = max(best, value)
         return count >= self.spec.patience

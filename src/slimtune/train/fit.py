@@ -16,6 +16,7 @@ from torch import Tensor
 from slimtune.core.delta import Delta
 from slimtune.data.examples import Collate
 from slimtune.errors import DataError, DeltaError, RecipeError, TrainError, listing
+from slimtune.objectives.distillation import Objective
 from slimtune.privacy.ledger import Ledger
 from slimtune.privacy.spec import PrivacySpec
 from slimtune.train.assemble import make_trainer
@@ -25,6 +26,8 @@ from slimtune.train.guard import Interrupted
 from slimtune.train.journal import Journal
 from slimtune.train.memory import PeakMemory
 from slimtune.train.predict import Score, Step, evaluate, logits, on_device
+from slimtune.train.prunespec import PruneSpec
+from slimtune.train.pruning import check_pruning, open_pruner
 from slimtune.train.signals import Signals
 from slimtune.train.spec import TrainSpec, more_is_better, private_spec
 from slimtune.train.surroundings import surroundings
@@ -64,7 +67,8 @@ class TrainResult:
 
 def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Collate, metric_fn: Score | None,
         spec: TrainSpec, folder: Path | str, *, resume: Literal["auto", False] | Path | str = "auto",
-        report: Report | None = None, step: Step = logits, privacy: PrivacySpec | None = None) -> TrainResult:
+        report: Report | None = None, step: Step = logits, privacy: PrivacySpec | None = None,
+        pruning: PruneSpec | None = None, objective: Objective | None = None) -> TrainResult:
     """Train the delta, in place, and leave it at its best or last step; the model is left in its mode.
 
     The folder gets checkpoint-<step> folders and metrics.jsonl. The same delta, data and spec give the same
@@ -78,6 +82,8 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
     step: how predictions are made for metric_fn; see `slimtune.train.predict`.
     privacy: trains with differential privacy of train_data (see private.py); steps are then Poisson draws of
     privacy.batch_size examples, run spec.batch_size at a time.
+    objective: of (inputs, outputs, task loss), what is minimised, such as a `Teacher` (see distillation.py).
+    pruning: prunes before the first step, or while it trains (see pruning.py); delta.info["sparsity"] says to what.
 
     With spec.cache the frozen part runs once for each example, before the first step (see fill.py), in eval mode;
     dropout of the head, of a side network and of blocks that train is as ever.
@@ -92,10 +98,9 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
     """
     spec = private_spec(spec) if privacy is not None else spec
     folder = _checked(delta, train_data, validation_data, metric_fn, spec, Path(folder))
+    check_pruning(delta, pruning, spec, privacy is not None)
     start, memory = time.monotonic(), PeakMemory()
-    facts = {"spec": spec.model_dump(mode="json"), "data": fingerprint(train_data, collate)}
-    if privacy is not None:
-        facts["privacy"] = privacy.model_dump(mode="json")
+    facts = _facts({"spec": spec, "privacy": privacy, "prune": pruning}, train_data, collate)
     _check_spent(delta, privacy is None or resume is False)  # before a checkpoint is removed
     begun = _begin(folder, resume, facts)
     ledger = open_ledger(delta, privacy, spec, len(train_data), begun)
@@ -109,9 +114,10 @@ def fit(delta: Delta, train_data: Any, validation_data: Any | None, collate: Col
     with _account(delta, ledger), surroundings(delta, spec), Signals() as signals:
         if begun is None:
             _calibrate(delta, train_data, collate)
+        pruner = open_pruner(delta, train_data, collate, pruning, spec, begun is None)
         features = functools.cache(lambda: open_features(delta, train_data, collate, spec, folder, signals, report))
         trainer = make_trainer(delta, train_data, validation_data, judge, collate, spec, folder, facts, journal,
-                               report, signals, features if spec.cache else None, ledger)
+                               report, signals, features if spec.cache else None, ledger, pruner, objective)
         trainer.train(resume_from_checkpoint=begun)
         state = trainer.state
         _check_told(signals, state, folder, ledger)
@@ -193,6 +199,12 @@ def _checked(delta: Delta, train_data: Any, validation_data: Any, metric_fn: Any
     return folder
 
 
+def _facts(specs: Mapping[str, Any], data: Any, collate: Collate) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    given = {part: spec.model_dump(mode="json") for part, spec in specs.items() if spec is not None}
+    return {**given, "data": fingerprint(data, collate)}
+
+
 def fingerprint(data: Any, collate: Collate) -> dict[str, Any]:
     """The number of examples, and a SHA-256 over up to eight of them, spread over the data."""
     size = len(data)
@@ -238,11 +250,11 @@ def _same(path: Path, told: Any, own: Mapping[str, Any]) -> None:
         if key not in FREE and begun[key] != value:
             raise RecipeError(f"train.{key}: this run was begun with {begun[key]}, not with {value}.",
                               f"Its folder is {path.parent}.", over)
-    if told.get("privacy") != own.get("privacy"):
-        changed = [key for key in {**(told.get("privacy") or {}), **(own.get("privacy") or {})}
-                   if (told.get("privacy") or {}).get(key) != (own.get("privacy") or {}).get(key)]
-        raise RecipeError(f"privacy: this run was begun with another ({listing(changed)}).",
-                          f"Its folder is {path.parent}.", over)
+    for part in ("privacy", "prune"):
+        before, now = told.get(part) or {}, own.get(part) or {}
+        if changed := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
+            raise RecipeError(f"{part}: this run was begun with another ({listing(changed)}).",
+                              f"Its folder is {path.parent}.", over)
     if told.get("data") != own["data"]:
         raise RecipeError("data: this run was begun with other training data.",
                           f"Its folder is {path.parent}.", over)

@@ -42,7 +42,8 @@ class Guard:
     def begin(self) -> None:
         """Start to watch: at step 0 of a run."""
         self.waiting = dict(self.delta.named_parameters())
-        self.exempt = self.delta.resting()
+        dead = [name for name, mask in self.delta.masks.items() if not bool(mask.any())]
+        self.exempt = {**self.delta.resting(), **dict.fromkeys(dead, "nothing of it lives")}
         self.waiting = {name: p for name, p in self.waiting.items() if name not in self.exempt}
         self.seen = set()
         for why in sorted(set(self.exempt.values())):

@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from slimtune.core.delta import Delta
+from slimtune.data.examples import Examples
+from slimtune.data.imagerows import ImageRows
 from slimtune.errors import TrainError
 from slimtune.privacy.draws import new_secret, poisson
 from slimtune.privacy.guards import check_delta, probe
@@ -63,12 +65,20 @@ class PrivateTrainer(DeltaTrainer):
         drawn = poisson(self.secret, step, self.ledger.examples, self.ledger.rate)
         total = torch.zeros((), device=self.args.device)
         private.begin()
+        drawn = self._by_length(drawn)
         for start in range(0, len(drawn), self.physical):
             batch = self._batch(drawn[start:start + self.physical])
             total += private.add(batch, self.compute_loss_context_manager).sum()
         self.finite.check(total, "loss", step)
-        private.finish(step)
+        private.finish(step, watch=bool(self.watched.waiting))
         return total / max(len(drawn), 1)
+
+    def _by_length(self, rows: list[int]) -> list[int]:
+        """Texts of like length run together, which pads less; a sum has no order."""
+        data = self.train_dataset
+        if not isinstance(data, Examples) or isinstance(data.rows, ImageRows):
+            return rows
+        return sorted(rows, key=lambda i: (len(data.rows[i]["input_ids"]), i))
 
     def _batch(self, rows: list[int]) -> dict[str, Any]:
         data: Any = self.train_dataset
@@ -80,7 +90,8 @@ class PrivateTrainer(DeltaTrainer):
     # how it is watched
 
     def make_guard(self) -> Guard:
-        return _PrivateGuard(self)
+        self.watched = _PrivateGuard(self)
+        return self.watched
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None,
               ignore_keys_for_eval: list[str] | None = None) -> Any:

@@ -30,8 +30,9 @@ class TrainSpec(BaseModel):
         description="decoupled weight decay of tensors with two or more axes; biases, norms and scales have none")
     warmup: float = Field(default=0.06, ge=0, lt=1,
         description="share of the steps in which the learning rate rises from 0 to its peak")
-    schedule: Literal["linear", "cosine", "constant"] = Field(default="linear",
-        description="the learning rate after warm-up: falls to 0 linearly or as a cosine, or stays")
+    schedule: Literal["linear", "cosine", "constant", "rewinding"] = Field(default="linear",
+        description="the learning rate after warm-up: falls to 0 linearly or as a cosine, or stays; rewinding keeps it "
+        "at its peak while gradual pruning changes masks, and then falls to 0 linearly")
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient; null for no clipping")
     optimizer: Literal["adamw"] = Field(default="adamw",
         description="AdamW with betas 0.9 and 0.999, in torch's fused form where the device has it")

@@ -1,4 +1,5 @@
-"""The numbers of an optimizer, a scheduler and the random generators, as tensors and JSON, and back."""
+"""The numbers of a delta, an optimizer, a scheduler and the random generators, as tensors and JSON, and back."""
+import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.bits import pack
 from slimtune.core.delta import Delta
+from slimtune.core.mask import PREFIX, split_masks
+from slimtune.core.store import describe
 from slimtune.errors import DeltaError, TrainError, listing
+from slimtune.train.checkpoint import Checkpoint
+
+BESIDE = "beside."
+"""Before the name of what a run keeps beside the delta, among the delta's tensors in a checkpoint."""
 
 
 def adamw(delta: Delta, *, lr: float, head_lr: float | None = None, weight_decay: float = 0.0,
@@ -24,6 +32,30 @@ def adamw(delta: Delta, *, lr: float, head_lr: float | None = None, weight_decay
     fused = all(p.device.type in ("cpu", "cuda", "mps", "xpu") for ps in groups.values() for p in ps)
     return torch.optim.AdamW([{"params": ps, "lr": rate, "weight_decay": decay}
                               for (rate, decay), ps in groups.items()], lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def delta_state(delta: Delta) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """(the delta's tensors and the bits of its masks, the shape of each mask), as a checkpoint holds them."""
+    bits = {PREFIX + name: pack(mask) for name, mask in delta.masks.items()}
+    return delta.state() | bits, {name: list(mask.shape) for name, mask in delta.masks.items()}
+
+
+def load_delta_state(delta: Delta, checkpoint: Checkpoint) -> None:
+    """Set the delta to a checkpoint's values. Errors: DeltaError when it is of another method or base."""
+    values, masks = split_masks(checkpoint.delta, checkpoint.facts.get("masks") or {})
+    masked = bool(masks or delta.masks)
+    counts = [("counts", "has other counts")] if not masked else []  # a mask that grows changes them
+    told, own = checkpoint.facts["delta"], json.loads(json.dumps(describe(delta, delta.methods)))
+    for part, words in (("methods", "was trained with another method"), ("model_type", "is for another backbone"),
+                        ("base", "is for another backbone"), *counts):
+        if told.get(part) != own[part]:
+            raise DeltaError(f"checkpoint-{checkpoint.step}: {words}.", f"It says {part} {told.get(part)},",
+                             f"and this run has {own[part]}.", "Resume with the model and method it was begun with.")
+    if masked:
+        delta.set_masks(masks)
+        if "sparsity" in told.get("info", {}):
+            delta.info["sparsity"] = told["info"]["sparsity"]
+    delta.load_state({name: value for name, value in values.items() if not name.startswith(BESIDE)})
 
 
 def optimizer_state(delta: Delta, optimizer: Any) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from slimtune.core.bits import pack
 from slimtune.core.delta import Delta
-from slimtune.core.mask import PREFIX, apply_masks, mask_gradients, split_masks
+from slimtune.core.mask import apply_masks, mask_gradients
 from slimtune.core.store import describe
 from slimtune.errors import DeltaError, TrainError, listing, suggest
+from slimtune.objectives.distillation import Objective
 from slimtune.train.checkpoint import (
     Checkpoint,
     last_checkpoint,
@@ -29,7 +29,9 @@ from slimtune.train.guard import Finite, Guard
 from slimtune.train.predict import autocast, items
 from slimtune.train.state import (
     adamw,
+    delta_state,
     kept_rng,
+    load_delta_state,
     load_optimizer_state,
     load_scheduler_state,
     optimizer_state,
@@ -59,15 +61,17 @@ class DeltaTrainer(Trainer):
     def __init__(self, delta: Delta, args: TrainingArguments, *, head_learning_rate: float | None = None,
                  precision: str = "float32", evaluator: Callable[[], Mapping[str, float]] | None = None,
                  facts: Mapping[str, Any] | None = None, features: Callable[[], Features] | None = None,
-                 **options: Any) -> None:
+                 objective: Objective | None = None, **options: Any) -> None:
         """head_learning_rate, precision: as in TrainSpec. evaluator: gives the metrics in place of Trainer's
         evaluation loop. facts: JSON that is kept in each checkpoint. features: gives, when the first step begins,
-        what stands in for the frozen part; the data is then `Numbered`. options: those of Trainer."""
+        what stands in for the frozen part; the data is then `Numbered`. objective: of (inputs, outputs, task loss),
+        what is minimised. options: those of Trainer."""
         for name in ("deepspeed", "fsdp", "push_to_hub"):
             if getattr(args, name):
                 raise TrainError(f"DeltaTrainer does not support {name}.", "Leave it out of the arguments.")
         self.delta, self.head_learning_rate, self.precision = delta, head_learning_rate, precision
         self.evaluator, self.facts, self.features = evaluator, dict(facts or {}), features
+        self.objective = objective
         if features is not None and (args.world_size > 1 or args.n_gpu > 1):
             raise TrainError("a feature cache is read by one process on one device.", "Train without train.cache.")
         self.folder = Path(args.output_dir or "trainer_output")
@@ -117,8 +121,9 @@ class DeltaTrainer(Trainer):
                              f"The collator gives: {listing(inputs)}. Does it give labels?")
         if own == 0:                                        # the mean of nothing is NaN
             loss = outputs.logits.sum() * 0.0
-        elif model.training and (extra := self.delta.penalty()) is not None:
-            loss = loss + extra
+        elif model.training:
+            loss = loss if self.objective is None else self.objective(inputs, outputs, loss)
+            loss = loss if (extra := self.delta.penalty()) is None else loss + extra
         if own and num_items_in_batch is not None and num_items_in_batch != own:
             loss = loss * (own / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -126,9 +131,13 @@ class DeltaTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         with self.features()(inputs) if self.features is not None else nullcontext():
             loss = super().training_step(model, inputs, *args, **kwargs)
-        mask_gradients(self.delta)
+        self.after_backward()
         self.finite.check(loss, "loss", self.state.global_step + 1)
         return loss
+
+    def after_backward(self) -> None:
+        """What is done with the gradients of a forward pass."""
+        mask_gradients(self.delta)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self.accelerator.clip_grad_norm_(list(self.delta.parameters()), self.args.max_grad_norm)
@@ -200,9 +209,8 @@ class DeltaTrainer(Trainer):
         facts = {"delta": describe(self.delta, self.delta.methods), "optimizer": groups, "rng": numbers,
                  "scheduler": scheduler_state(self.lr_scheduler), "loop": loop, "run": self.facts}
         state = json.dumps(dataclasses.asdict(self.state), sort_keys=True, indent=1) + "\n"
-        masks = {PREFIX + name: pack(mask) for name, mask in self.delta.masks.items()}
-        facts["masks"] = {name: list(mask.shape) for name, mask in self.delta.masks.items()}
-        return Checkpoint(self.state.global_step, self.delta.state() | masks, optimizer, rng, facts, state)
+        tensors, facts["masks"] = delta_state(self.delta)
+        return Checkpoint(self.state.global_step, tensors, optimizer, rng, facts, state)
 
     # how it goes on
 
@@ -282,18 +290,3 @@ class _Watch(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         apply_masks(self.trainer.delta)
         self.guard.after_step(state.global_step + 1)
-
-
-def load_delta_state(delta: Delta, checkpoint: Checkpoint) -> None:
-    """Set the delta to a checkpoint's values. Errors: DeltaError when it is of another method or base."""
-    values, masks = split_masks(checkpoint.delta, checkpoint.facts.get("masks") or {})
-    counts = [("counts", "has other counts")] if not masks else []  # a mask that grows changes them
-    told, own = checkpoint.facts["delta"], json.loads(json.dumps(describe(delta, delta.methods)))
-    for part, words in (("methods", "was trained with another method"), ("model_type", "is for another backbone"),
-                        ("base", "is for another backbone"), *counts):
-        if told.get(part) != own[part]:
-            raise DeltaError(f"checkpoint-{checkpoint.step}: {words}.", f"It says {part} {told.get(part)},",
-                             f"and this run has {own[part]}.", "Resume with the model and method it was begun with.")
-    if masks:
-        delta.set_masks(masks)
-    delta.load_state(values)

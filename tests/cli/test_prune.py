@@ -1,0 +1,78 @@
+"""`slimtune prune`: from a recipe to a smaller model that is saved and loaded like any other; and runs that teach."""
+import csv
+import json
+
+import pytest
+import torch
+
+import slimtune as st
+from slimtune.recipe.use import load_run
+
+TRAIN = {"steps": 60, "batch_size": 8, "learning_rate": 1e-2, "threads": 1, "log_every": 20}
+GATES = {"sparsity": 0.5, "on": "gates", "criterion": "taylor", "allocation": {"unit": "macs", "tokens": 16},
+         "examples": 32}
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def test_heads_and_neurons_are_pruned_trained_and_sliced_out(cli, recipe, tmp_path):
+    file = recipe(method=[{"name": "full"}, {"name": "gates"}], prune=GATES, train=TRAIN)
+    checked = cli("check", file)
+    assert checked.exit_code == 0, checked.output
+    done = cli("prune", file)
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "run" / "shrunk.json").read_text())
+    assert told["difference"] < 1e-5
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["metrics"]["test"]["macro_f1"] > 0.9  # guessing gives 0.5
+    assert result["sparsity"]["denominator"] == "gates"
+    small, ids = st.load_model(tmp_path / "run" / "model"), torch.randint(5, 20, (3, 9))
+    assert sum(p.numel() for p in small.parameters()) == told["parameters"][1] < told["parameters"][0]
+    torch.testing.assert_close(logits(small, ids), logits(load_run(tmp_path / "run").model, ids), atol=1e-5, rtol=1e-5)
+    dense = st.load_model(result["model"], "classification")
+    assert st.count_macs(small, tokens=16).total <= 0.5 * st.count_macs(dense, tokens=16).total
+    again = cli("prune", file)
+    assert again.exit_code == 0, again.output
+
+
+def test_a_run_teaches(cli, recipe, shelf, tmp_path):
+    assert cli("tune", recipe(train=TRAIN, output=str(tmp_path / "dense"))).exit_code == 0
+    with (shelf / "train.csv").open() as old, (tmp_path / "wrong.csv").open("w", newline="") as new:
+        swapped = {"good": "bad", "bad": "good"}
+        csv.writer(new).writerows([text, swapped.get(label, label)] for text, label in csv.reader(old))
+    data = {"task": "classification", "train": str(tmp_path / "wrong.csv"), "test": str(shelf / "test.csv"),
+            "max_length": 16}
+    scores = {}
+    for weight in (0.0, 1.0):
+        file = recipe(train=TRAIN, data=data, distill={"teacher": str(tmp_path / "dense"), "weight": weight},
+                      method={"name": "full"}, output=str(tmp_path / f"run{weight}"))
+        done = cli("tune", file)
+        assert done.exit_code == 0, done.output
+        scores[weight] = json.loads((tmp_path / f"run{weight}" / "result.json").read_text())["metrics"]["test"]
+    assert scores[0.0]["accuracy"] < 0.2          # it learns the wrong labels
+    assert scores[1.0]["accuracy"] > 0.8          # and the teacher knows better
+
+
+def test_a_delta_is_pruned_and_no_model_is_made_smaller(cli, recipe, tmp_path):
+    done = cli("prune", recipe(prune={"sparsity": 0.4, "criterion": "magnitude"}, train=TRAIN | {"steps": 4}))
+    assert done.exit_code == 0, done.output
+    assert "These are zeros, not a smaller model" in done.output
+    assert not (tmp_path / "run" / "model").exists()
+    state = load_run(tmp_path / "run").model._modules["slimtune"].deltas["own"]
+    assert sum(int((~m).sum()) for m in state.masks.values()) == int(0.4 * sum(m.numel() for m in state.masks.values()))
+
+
+@pytest.mark.parametrize(("nodes", "said"), [
+    ({}, "has no prune"), ({"prune": {"sparsity": 1.5}}, "prune.sparsity"),
+    ({"prune": {"sparsity": 0.5, "criterion": "snipp"}}, "Did you mean 'snip'?"),
+    ({"prune": {"sparsity": 0.5, "on": "gates"}}, "Gates"),
+    ({"prune": {"sparsity": 0.5}, "distill": {"teacher": "no-such"}}, "no-such"),
+    ({"prune": {"sparsity": 0.5}, "distill": {"teacher": "x", "wieght": 1}}, "weight"),
+])
+def test_bad_recipes_are_said(cli, recipe, tmp_path, nodes, said):
+    result = cli("prune", recipe(**nodes))
+    assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+    assert not (tmp_path / "run").exists()
