@@ -1,40 +1,65 @@
-"""Step time and saved bytes of visual prompts, and of FacT, LoRA and an adapter, on one ViT-B/16 in one process.
+"""Step time and memory of visual prompts, FacT, LoRA and an adapter on ViT-B/16, and inference after a merge.
 
-    python benchmarks/vpt.py [--quick] [--threads 2] [--batch 8] [--out benchmarks/results/vision.json]
+    python benchmarks/vpt.py [--quick] [--threads 2] [--batch 8] [--rounds 7] [--only steps|memory|merged]
+                             [--out benchmarks/results/vision.json]
 
-ViT-B/16 at random values, 224 pixels, head of 100 classes. Prompts: VPT-deep of 50 tokens by keys and values and as
-tokens, over p = 0: a frozen body behind which a token of the input trains, with the head, so that backward runs
-through every block. Methods: FacT-TT of rank 16 and a bottleneck adapter of width 8 over modules written by hand for
-this model, LoRA of rank 8 on q and v over PEFT's; all drop nothing. Times: forward and backward, taken in turn,
-ratios of pairs as median with the spread from the 10th to the 90th percentile. Saved bytes: distinct storages that
-autograd keeps for backward, parameters apart. All models share one frozen body.
+ViT-B/16 at random values, 224 pixels, head of 100 classes. VPT-deep of 50 tokens, by keys and values and as tokens,
+over p = 0: a frozen body behind which a token of the input trains, with the head, so that backward runs through every
+block; and over prompts written by hand. FacT-TT of rank 16, LoRA of rank 8 on q and v and an adapter of width 8 over
+modules written by hand for this model (`vision_peers.py`), LoRA over PEFT's too. Where nothing else is said nothing is
+dropped.
+
+Steps: forward and backward. Each round runs every model once, forwards and backwards in turn; ratios of a round, as
+median with the spread from the 10th to the 90th percentile. Saved bytes: distinct storages that autograd keeps for
+backward, parameters apart. Peak: resident memory above that before the first step, two steps of AdamW, each model in a
+process of its own. Merged: operations (names and shapes) of a forward pass, beside those of the bare model; whether the
+merged weights in a bare model, which has no module of ours, give the same logits; time over the bare model's.
 """
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 import transformers
-from attach import machine, saved_bytes, spread, stepper
+from attach import clock, machine, saved_bytes, spread, stepper
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from vision_peers import FACT_RANK, LENGTH, RANK, WIDTH, put
 
 import slimtune as st
+from slimtune.train.memory import PeakMemory
 
-LENGTH, CLASSES = 50, 100
+M: Any = st.methods
+CLASSES = 100
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
-ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")
+OURS: dict[str, st.Method] = {
+    "VPT, keys": M.VPT(length=LENGTH, path="keys", dropout=0.0),
+    "VPT, keys, dropout 0.1": M.VPT(length=LENGTH, path="keys", dropout=0.1),
+    "VPT, tokens": M.VPT(length=LENGTH, path="tokens", dropout=0.0),
+    "FacT": M.FacT(form="tt", rank=FACT_RANK), "LoRA": M.LoRA(rank=RANK, alpha=16),
+    "adapter": M.Pfeiffer(bottleneck=WIDTH, activation="gelu")}
+PEERS = {"VPT by hand": "vpt", "FacT by hand": "fact", "LoRA by hand": "lora", "adapter by hand": "adapter"}
+PAIRS = (("VPT, keys", "p = 0"), ("VPT, keys, dropout 0.1", "p = 0"), ("VPT, tokens", "p = 0"),
+         ("VPT, keys", "VPT, tokens"), ("VPT, keys", "VPT by hand"), ("FacT", "FacT by hand"),
+         ("LoRA", "LoRA by hand"), ("LoRA", "LoRA of PEFT"), ("adapter", "adapter by hand"))
+NAMES = list(dict.fromkeys(name for pair in PAIRS for name in pair))
+GROUPS = [[name for name in NAMES if name.startswith(words)] for words in (("VPT", "p"), "FacT", "LoRA", "adapter")]
+MERGED: dict[str, st.Method] = {"FacT": OURS["FacT"], "KAdaptation": M.KAdaptation(), "LoRA": OURS["LoRA"],
+                                "SSF": M.SSF(), "RepAdapter": M.RepAdapter()}
 
 
 class Bodies:
     """Models that share one frozen body; each has a head of its own."""
 
     def __init__(self, quick: bool) -> None:
-        self.config = transformers.ViTConfig(num_labels=CLASSES, **(SMALL if quick else {}))
+        values: dict[str, Any] = {"num_labels": CLASSES} | (SMALL if quick else {})
+        self.config = transformers.ViTConfig(**values)
         torch.manual_seed(0)
         self.state = transformers.ViTForImageClassification(self.config).state_dict()
 
@@ -50,118 +75,167 @@ class Bodies:
         pixels = torch.randn(size, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         return {"pixel_values": pixels, "labels": torch.arange(size) % CLASSES}
 
-    def ours(self, method: st.Method) -> nn.Module:
+    def named(self, name: str) -> nn.Module:
+        """A model of NAMES."""
         made = self.model()
-        st.attach(made, method)
-        return made
-
-    def floor(self) -> nn.Module:
-        """p = 0: a token that is added to the input, and the head."""
-        made = self.model()
-        made.vit.embeddings.register_parameter("token", nn.Parameter(torch.zeros(self.config.hidden_size)))
-        made.vit.embeddings.register_forward_hook(lambda m, a, out: out + m.token)
-        return made
-
-    def peft_lora(self) -> nn.Module:
-        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"],
-                                 modules_to_save=["classifier"])
-        return peft.get_peft_model(self.model(), config)
-
-    def by_hand(self, kind: str) -> nn.Module:
-        """A model whose linear maps, or MLPs, are modules with the method's numbers."""
-        made, d = self.model(), self.config.hidden_size
-        U, V = nn.Parameter(torch.randn(16, d) * 0.02), nn.Parameter(torch.zeros(d, 16))
-        for block in made.vit.layers:
-            if kind == "adapter":
-                block.mlp = AdapterMLP(block.mlp, d, 8)
-                continue
-            for holder in (block.attention, block.mlp):
-                for name in ADAPTED:
-                    if hasattr(holder, name):
-                        setattr(holder, name, FactLinear(getattr(holder, name), U, V))
-        return made
-
-
-class FactLinear(nn.Module):
-    """y + x U Sigma V^T, the d x d slices of a map that is wider side by side in one product."""
-
-    def __init__(self, linear: nn.Linear, U: nn.Parameter, V: nn.Parameter) -> None:
-        super().__init__()
-        self.linear, self.U, self.V, r = linear, U, V, U.shape[0]
-        self.wide = linear.out_features > linear.in_features
-        slices = max(linear.in_features, linear.out_features) // U.shape[1]
-        self.core = nn.Parameter(torch.randn(slices, r, r) * r**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.wide:
-            A, B = self.U, (self.V @ self.core.mT).flatten(0, 1)
+        if name in OURS:
+            st.attach(made, OURS[name])
+        elif name in PEERS:
+            put(made, PEERS[name])
+        elif name == "p = 0":
+            made.vit.embeddings.register_parameter("token", nn.Parameter(torch.zeros(self.config.hidden_size)))
+            made.vit.embeddings.register_forward_hook(lambda m, a, out: out + m.token)
         else:
-            A, B = (self.core.mT @ self.U).transpose(0, 1).flatten(1), self.V
-        return self.linear(x) + F.linear(F.linear(x, A), B)
+            made = peft.get_peft_model(made, peft.LoraConfig(
+                r=RANK, lora_alpha=16, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]))
+        return made
 
 
-class AdapterMLP(nn.Module):
-    """h + up(GELU(down(h))) behind an MLP."""
-
-    def __init__(self, mlp: nn.Module, d: int, width: int) -> None:
-        super().__init__()
-        self.mlp, self.down, self.up = mlp, nn.Linear(d, width), nn.Linear(width, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.mlp(x)
-        return h + self.up(F.gelu(self.down(h)))
-
-
-def paired(ours: Callable[[], float], other: Callable[[], float], pairs: int) -> dict[str, Any]:
-    """Medians of both in milliseconds and the spread of their ratio, taken in turn."""
-    a, b = zip(*((ours(), other()) for _ in range(pairs)), strict=True)
-    return {"ours_ms": round(1e3 * statistics.median(a), 2), "other_ms": round(1e3 * statistics.median(b), 2),
-            "ratio": spread([x / y for x, y in zip(a, b, strict=True)])}
-
-
-def compared(name: str, other: str, ours: nn.Module, theirs: nn.Module, inputs: dict[str, Tensor],
-             pairs: int) -> dict[str, Any]:
-    a, b = saved_bytes(ours, inputs), saved_bytes(theirs, inputs)
-    row: dict[str, Any] = {"what": name, "over": other,
-                           "saved_bytes": {"ours": a, "other": b, "ratio": round(a / b, 4)},
-                           "step": paired(stepper(ours, inputs), stepper(theirs, inputs), pairs)}
-    for who, model in (("ours", ours), ("other", theirs)):
-        row[f"{who}_trains"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(json.dumps(row), flush=True)
+def compared(name: str, other: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of one over another, of each figure."""
+    a, b = values[name], values[other]
+    row: dict[str, Any] = {"what": name, "over": other}
+    if "steps" in a:
+        row["step"] = {"ms": round(1e3 * statistics.median(a["steps"]), 1),
+                       "other_ms": round(1e3 * statistics.median(b["steps"]), 1),
+                       "ratio": spread([x / y for x, y in zip(a["steps"], b["steps"], strict=True)])}
+    for key in ("saved_bytes", "peak_mb", "trains"):
+        if key in a:
+            row[key] = {"own": a[key], "other": b[key], "ratio": round(a[key] / b[key], 4)}
     return row
 
 
-def prompts(bodies: Bodies, inputs: dict[str, Tensor], pairs: int) -> list[dict[str, Any]]:
-    rows = []
-    for path in ("keys", "tokens"):
-        for dropout in (0.1, 0.0):
-            ours = bodies.ours(st.methods.get("vpt")(length=LENGTH, path=path, dropout=dropout))
-            rows.append(compared(f"VPT-deep, {LENGTH} tokens, path={path}, dropout {dropout}", "p = 0", ours,
-                                 bodies.floor(), inputs, pairs))
+def steps(bodies: Bodies, inputs: dict[str, Tensor], rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of a step of every model in every round, bytes saved, numbers trained; those of a method together."""
+    found: dict[str, dict[str, Any]] = {}
+    for names in GROUPS:
+        models = {name: bodies.named(name) for name in names}
+        for name, model in models.items():
+            found[name] = {"saved_bytes": saved_bytes(model, inputs), "steps": [],
+                           "trains": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        runs = {name: stepper(model, inputs) for name, model in models.items()}
+        for turn in range(rounds):
+            for name in names[::-1 if turn % 2 else 1]:
+                found[name]["steps"].append(runs[name]())
+    return found
+
+
+def peak(name: str, options: argparse.Namespace) -> float:
+    """MiB above the start of two steps of AdamW. To be called in a fresh process."""
+    bodies = Bodies(options.quick)
+    model, inputs = bodies.named(name).train(), bodies.inputs(options.batch)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    memory = PeakMemory()
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=True)
+        model(**inputs).loss.backward()
+        optimizer.step()
+    return round(memory.peak() - memory.start, 1)
+
+
+def in_a_process(name: str, options: argparse.Namespace) -> float:
+    call = [sys.executable, __file__, "--peak", name, "--threads", str(options.threads), "--batch", str(options.batch)]
+    done = subprocess.run([*call, *(["--quick"] if options.quick else [])], capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations and the shapes of their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.seen.append((str(func), tuple(out.shape) if isinstance(out, Tensor) else None))
+        return out
+
+
+@torch.no_grad()
+def operations(model: nn.Module, pixels: Tensor) -> tuple[list[Any], Tensor]:
+    with Operations() as mode:
+        out = model(pixel_values=pixels).logits
+    return mode.seen, out
+
+
+def merged(bodies: Bodies, inputs: dict[str, Tensor], rounds: int) -> list[dict[str, Any]]:
+    """Each method merged, beside the bare model, in inference."""
+    pixels = inputs["pixel_values"]
+    bare, models = bodies.model().eval(), {}
+    (wanted, base), rows = operations(bare, pixels[:2]), []
+    for name, method in MERGED.items():
+        model = bodies.model().eval()
+        delta = st.attach(model, method, seed=1)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in delta.parameters():
+                p.add_(torch.randn_like(p), alpha=0.02)
+        attached = operations(model, pixels[:2])[1]
+        delta.merge()
+        seen, out = operations(model, pixels[:2])
+        plain = bodies.model().eval()
+        plain.load_state_dict({n: v.clone() for n, v in model.state_dict().items() if ".slimtune" not in f".{n}"})
+        rows.append({"what": name, "merged_to_attached": _gap(out, attached), "attached_to_bare": _gap(attached, base),
+                     "same_operations": seen == wanted,
+                     "operations": len(seen), "plain_model_same_logits": torch.equal(
+                         operations(plain, pixels[:2])[1], out)})
+        models[name] = model
+    times = _inference(models | {"bare": bare}, pixels, rounds)
+    for row in rows:
+        own = times[row["what"]]
+        row["ms"], row["bare_ms"] = (round(1e3 * statistics.median(t), 1) for t in (own, times["bare"]))
+        row["over_bare"] = spread([a / b for a, b in zip(own, times["bare"], strict=True)])
+        print(json.dumps(row), flush=True)
     return rows
 
 
-def methods(bodies: Bodies, inputs: dict[str, Tensor], pairs: int) -> list[dict[str, Any]]:
-    named = (("FacT-TT, rank 16", "by hand", st.methods.FacT(form="tt", rank=16), lambda: bodies.by_hand("fact")),
-             ("LoRA, rank 8, q and v", "PEFT", st.methods.LoRA(rank=8, alpha=16), bodies.peft_lora),
-             ("adapter, width 8", "by hand", st.methods.Pfeiffer(bottleneck=8, activation="gelu"),
-              lambda: bodies.by_hand("adapter")))
-    return [compared(name, other, bodies.ours(method), make(), inputs, pairs) for name, other, method, make in named]
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference of logits."""
+    return float((a - b).abs().max())
+
+
+@torch.no_grad()
+def _inference(models: dict[str, nn.Module], pixels: Tensor, rounds: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in models}
+    runs: dict[str, Callable[[], Any]] = {name: lambda m=model: m(pixel_values=pixels)
+                                          for name, model in models.items()}
+    for turn in range(rounds + 1):
+        for name in list(runs)[::-1 if turn % 2 else 1]:
+            seconds = clock(runs[name])
+            if turn:  # the first warms up
+                found[name].append(seconds)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model and few pairs: whether it runs")
+    parser.add_argument("--quick", action="store_true", help="a small model and few rounds: whether it runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("steps", "memory", "merged"))
+    parser.add_argument("--peak", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bodies, pairs = Bodies(options.quick), 2 if options.quick else options.pairs
+    if options.peak:
+        print(peak(options.peak, options))
+        return
+    rounds = 2 if options.quick else options.rounds
+    bodies, values = Bodies(options.quick), {name: {} for name in NAMES}
     inputs = bodies.inputs(options.batch)
-    result = {"machine": machine(options.threads), "batch": options.batch, "prompts": prompts(bodies, inputs, pairs),
-              "methods": methods(bodies, inputs, pairs)}
+    result: dict[str, Any] = {"machine": machine(options.threads), "batch": options.batch}
+    if options.only in (None, "steps"):
+        values = steps(bodies, inputs, rounds)
+    if options.only in (None, "memory"):
+        for name, row in values.items():
+            row["peak_mb"] = in_a_process(name, options)
+    if options.only != "merged":
+        result["training"] = [compared(*pair, values) for pair in PAIRS]
+        print("\n".join(map(json.dumps, result["training"])), flush=True)
+    if options.only in (None, "merged"):
+        result["merged"] = merged(bodies, inputs, 2 * rounds)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")

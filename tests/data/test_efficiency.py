@@ -14,6 +14,15 @@ def test_printed_figures(score, parameters, printed):
     assert round(ppt(score, parameters), 2) == printed
 
 
+@pytest.mark.parametrize(("score", "parameters", "printed"), [
+    (0.6549, 87_878_739, 0.498), (0.6632, 29_523, 0.663), (0.6508, 1_237_587, 0.647), (0.6148, 176_979, 0.614),
+    (0.6279, 77_907, 0.628), (0.6892, 79_699, 0.689)],
+    ids=["full", "linear", "adapter", "lora", "compacter", "kadaptation"])
+def test_elevaters_figures(score, parameters, printed):
+    """Means over the 20 sets at 5 shots, of arXiv 2203.16329's README, as they are printed for PE."""
+    assert pe(score, parameters) == pytest.approx(printed, abs=6e-4)
+
+
 def test_the_formula():
     assert ppt(0.8, 0) == 0.8
     assert ppt(0.8, 9e7) == pytest.approx(0.8 / math.e)   # log10(9 + 1) = 1

@@ -6,9 +6,14 @@ import numpy as np
 import pytest
 from image_toys import pixels, save, spec
 
+from slimtune.data import DataSpec, elevater
+from slimtune.data.metrics import METRICS
 from slimtune.data.picture import decode
 from slimtune.data.splits import read_splits
+from slimtune.data.tasks import prepare
+from slimtune.data.transform import transform_of
 from slimtune.errors import DataError
+from slimtune.io.images import ImageInput
 
 
 @pytest.fixture
@@ -51,6 +56,45 @@ def test_shots_and_the_fifth_to_choose_by(home):
     assert sorted(splits.validation.columns["label"]) == ["a cat", "dog"]
     with pytest.raises(DataError, match="has no index of test"):
         read_splits(spec(layout="elevater", path=str(home)))
+
+
+@pytest.mark.parametrize("index", ["text", "coco"])
+def test_several_labels_an_image(home, index):
+    """VOC 2007: numbers with commas between them, or any number of annotations an image."""
+    if index == "coco":
+        more = [{"image_id": 50 - i, "category_id": c} for i in range(20) for c in ((2,), (2, 1), (), (1, 1))[i % 4]]
+        coco(home, annotations=more)
+    else:
+        for split in ("train", "test"):
+            (home / f"{split}.txt").write_text("".join(f"{split}.zip@in/{i}.png {('1', '1,0', '0')[i % 3]}\n"
+                                                       for i in range(20)))
+    own = DataSpec(task="multi_label_image_classification", layout="elevater", path=str(home), size=8, shots=2)
+    splits = read_splits(own)
+    whole = splits.whole.columns["label"]
+    assert whole[:4] == {"text": [["dog"], ["dog", "a cat"], ["a cat"], ["dog"]],
+                         "coco": [["dog"], ["dog", "a cat"], [], ["a cat", "a cat"]]}[index]
+    data = prepare(own, transform_of(own, ImageInput()))
+    assert data.label_names == ("a cat", "dog")
+    drawn = data.collate([data.train[i] for i in range(len(data.train))])["labels"]
+    assert drawn.sum(0).min() >= 2
+    tested = data.collate([data.test[i] for i in range(4)])["labels"].tolist()
+    assert tested == [[float("a cat" in own), float("dog" in own)] for own in whole[:4]]
+    chosen = read_splits(own.model_copy(update={"stage": "choose", "shots": None}))
+    assert (len(chosen.train), len(chosen.validation), chosen.test) == (16, 4, None)
+    with pytest.raises(DataError, match=r"set data\.task=multi_label_image_classification"):
+        read_splits(spec(layout="elevater", path=str(home)))
+
+
+def test_the_sets():
+    assert (len(elevater.TASKS), sum(task.classes for task in elevater.TASKS.values())) == (20, 1151)
+    assert {task.metric for task in elevater.TASKS.values()} <= set(METRICS)
+    # KAdaptation's row, quoted with the method's README; its printed mean, 68.92, is another
+    row = (88.96, 90.03, 73.92, 17.53, 63.97, 76.25, 47.45, 30.04, 84.38, 80.71, 55.86, 42.29, 85.20, 93.19, 89.05,
+           63.39, 59.18, 79.96, 70.21, 84.49)
+    scores = dict(zip(elevater.TASKS, row, strict=True))
+    assert elevater.average(scores) == pytest.approx(68.80, abs=5e-3)
+    with pytest.raises(DataError, match=r"not among them: voc; missing: voc2007\n  Did you mean 'voc2007'"):
+        elevater.average({("voc" if name == "voc2007" else name): 0.5 for name in elevater.TASKS})
 
 
 def test_bad_indices(home):

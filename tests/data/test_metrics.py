@@ -179,6 +179,7 @@ def test_every_figure_has_a_unit():
     seen = set()
     for task, (guess, truth) in {"classification": ([0, 1], [0, 1]), "regression": ([0, 1], [0, 1]),
                                  "image_classification": ([[1.0, 0.0], [0.0, 1.0]], [0, 1]),
+                                 "multi_label_image_classification": ([[1.0, -1.0]], [[1, 0]]),
                                  "token_classification": ([["B-x"]], [["B-x"]]), "causal_lm": ([1.0], [1])}.items():
         found = metrics(task)(guess, truth)
         assert PRIMARY[task] in found

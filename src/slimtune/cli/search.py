@@ -73,8 +73,9 @@ def _advice(proposal: str, dimensions: list[int | None], recipe: str, of: str) -
 
 def _tell(event: dict[str, Any]) -> None:
     if event["event"] == "plan":
-        print(f"{event['most']} trainings at most, of {event['steps']:,} steps each, for {len(event['parts'])} "
-              f"submodules; {event['known']} are known", flush=True)
+        number = len(event["parts"])
+        print(f"{event['most']} trainings at most, of {event['steps']:,} steps each, for {number} "
+              f"submodule{'s' * (number > 1)}; {event['known']} are known", flush=True)
         return
     what = "the head alone" if event["part"] == "head" else f"{event['part']}, {event['d']:,} numbers"
     print(f"{what}: {event['score']:.4f}  {event['seconds']:.0f} s", flush=True)

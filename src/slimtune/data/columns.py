@@ -55,6 +55,19 @@ def label_column(table: Table, name: str) -> list[str]:
             for row, value in enumerate(column(table, name, "label"))]
 
 
+def label_sets(table: Table, name: str) -> list[list[str]]:
+    """A column of label lists, each label once; a text is split at its commas; an image may have none.
+
+    Errors: DataError for values that are neither.
+    """
+    rows = []
+    for row, value in enumerate(column(table, name, "label")):
+        given = [one for one in value.split(",") if one.strip()] if isinstance(value, str) else value
+        given = given if isinstance(given, list) else [given]
+        rows.append(list(dict.fromkeys(_label(one, f"{table.place(row)}, column '{name}'") for one in given)))
+    return rows
+
+
 def _label(value: Any, place: str) -> str:
     if not isinstance(value, (str, int, float)) or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{place}: {value!r} is not a label.", "A label is a name or an integer.")

@@ -44,6 +44,32 @@ def few(classes: Sequence[Hashable], shots: int, seed: int) -> list[int]:
     return sorted(row for rows in groups.values() for row in rng.sample(rows, shots))
 
 
+def few_of_sets(sets: Sequence[Sequence[Hashable]], shots: int, seed: int) -> list[int]:
+    """Rows in ascending order, at least `shots` of each class, where a row may have several.
+
+    Rows come in a drawn order, and one is kept where a class of its own has fewer than `shots` yet. Errors: DataError
+    for a class that has fewer.
+
+    Example:
+        >>> [sum(name in sets[row] for row in few_of_sets(sets, 1, seed=0)) >= 1
+        ...  for sets in (["ab", "b", "", "a"],) for name in "ab"]
+        [True, True]
+    """
+    have: dict[Hashable, int] = {name: 0 for names in sets for name in names}
+    order, kept = list(range(len(sets))), []
+    generator(seed, "shots").shuffle(order)
+    for row in order:
+        if any(have[name] < shots for name in sets[row]):
+            kept.append(row)
+            have |= {name: have[name] + 1 for name in sets[row]}
+    short = [name for name, count in have.items() if count < shots]
+    if short:
+        raise DataError(f"data.shots: {shots} examples of each class are asked for, and '{short[0]}' has "
+                        f"{have[short[0]]} ({len(short)} classes have too few).",
+                        f"Set data.shots={min(have.values())} or less.")
+    return sorted(kept)
+
+
 def grouped(classes: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     """The rows of each class, classes in the order of their first row."""
     groups: dict[Hashable, list[int]] = {}

@@ -26,7 +26,8 @@ class Metric:
 
 METRICS = {
     "accuracy": Metric("0 to 1"), "macro_f1": Metric("0 to 1"), "matthews": Metric("-1 to 1"),
-    "class_accuracy": Metric("0 to 1"), "roc_auc": Metric("0 to 1"),
+    "class_accuracy": Metric("0 to 1"), "roc_auc": Metric("0 to 1"), "map_11": Metric("0 to 1"),
+    "map": Metric("0 to 1"),
     "pearson": Metric("-1 to 1"), "spearman": Metric("-1 to 1"),
     "mse": Metric("square of the label's unit", False),
     "token_f1": Metric("0 to 1"), "entity_f1": Metric("0 to 1"),
@@ -34,7 +35,8 @@ METRICS = {
     "perplexity": Metric("1 to infinity", False), "token_loss": Metric("nats a token", False),
 }
 PRIMARY = {"classification": "macro_f1", "regression": "spearman", "token_classification": "token_f1",
-           "seq2seq": "bleu", "causal_lm": "perplexity", "image_classification": "accuracy"}
+           "seq2seq": "bleu", "causal_lm": "perplexity", "image_classification": "accuracy",
+           "multi_label_image_classification": "map_11"}
 """The figure by which the best checkpoint of a task is chosen."""
 
 
@@ -44,6 +46,9 @@ def metrics(task: str) -> Score:
     classification: class ids [N], or scores [N, C] -> accuracy, macro_f1, and matthews for two classes.
     image_classification: as classification -> accuracy, class_accuracy (the mean over the classes that occur),
         macro_f1, and for scores of two classes, where both occur, roc_auc.
+    multi_label_image_classification: scores [N, C] and 0 or 1 for each label [N, C] -> map_11, VOC 2007's mean over the
+        labels that occur of the precision at recall 0, 0.1 ... 1, at each the highest at that recall or more; map, with
+        the area under the curve in place of the 11 points; macro_f1 of what scores above 0.
     regression: numbers [N] or [N, 1] -> pearson, spearman, mse. A constant has correlation 0 here.
     token_classification: tag names, a list for each sentence -> accuracy, token_f1 (micro, over what is
         not O), and entity_f1 (spans of the same type and bounds) where all tags are BIO. See `tag_names`.
@@ -104,6 +109,30 @@ def _image_classification(predictions: Any, references: Any) -> dict[str, float]
     if scores.ndim == 2 and scores.shape[1] == 2 and len(set(truth.tolist())) == 2:
         result["roc_auc"] = roc_auc_score(truth, scores[:, 1] - scores[:, 0])
     return result
+
+
+def _multi_label(predictions: Any, references: Any) -> dict[str, float]:
+    from sklearn.metrics import average_precision_score, f1_score
+
+    scores, truth = _array(predictions), _array(references) > 0
+    there = [c for c in range(truth.shape[1]) if truth[:, c].any()]
+    if not there:
+        raise DataError("metrics of multi_label_image_classification: no example has a label.")
+    return {"map_11": math.fsum(_eleven_points(scores[:, c], truth[:, c]) for c in there) / len(there),
+            "map": average_precision_score(truth[:, there], scores[:, there], average="macro"),
+            "macro_f1": f1_score(truth, scores > 0, average="macro", zero_division=0)}  # type: ignore[arg-type]
+
+
+def _eleven_points(scores: Any, truth: Any) -> float:
+    """Mean over r = 0, 0.1 ... 1 of max {precision at k : recall at k >= r}, k over the thresholds that scores give.
+
+    In whole numbers, as 0.3 of 10 hits is not 3 of 10 in floats. ELEVATER's toolkit counts precision 1 at recall 0.
+    """
+    from sklearn.metrics import precision_recall_curve
+
+    precision, recall, _ = precision_recall_curve(truth, scores)
+    hits, every = (recall[:-1] * truth.sum()).round(), truth.sum()   # the last point is no threshold
+    return math.fsum(precision[:-1][10 * hits >= k * every].max() for k in range(11)) / 11
 
 
 def _regression(predictions: Any, references: Any) -> dict[str, float]:
@@ -198,4 +227,5 @@ def _causal_lm(predictions: Any, references: Any) -> dict[str, float]:
 
 _SCORES: dict[str, Score] = {
     "classification": _classification, "image_classification": _image_classification, "regression": _regression,
+    "multi_label_image_classification": _multi_label,
     "token_classification": _token_classification, "seq2seq": _seq2seq, "causal_lm": _causal_lm}

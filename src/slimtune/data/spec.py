@@ -8,6 +8,9 @@ from slimtune.io.models import Task
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda names: _as_text(names))]
 SPLITS = ("train", "validation", "test")
 LABELLED = ("classification", "image_classification")
+"""Tasks whose examples have one class each."""
+MULTI_LABEL = "multi_label_image_classification"
+IMAGES = ("image_classification", MULTI_LABEL)
 ONLY_IMAGES = ("image", "path", "layout", "stage", "size", "resize", "normalize", "augment", "corrupt")
 
 
@@ -28,7 +31,7 @@ class DataSpec(BaseModel):
 
     task: Task = Field(
         description="what is learnt: classification (of a text or a pair), regression, token_classification, "
-        "causal_lm, seq2seq or image_classification")
+        "causal_lm, seq2seq, image_classification, or multi_label_image_classification (any number of labels an image)")
     dataset: str | None = Field(default=None,
         description="a packaged set (`drugreview`, `digits`); with source=datasets, the name or folder of a set of the "
         "`datasets` library. train, validation and test are then names of its splits")
@@ -48,7 +51,8 @@ class DataSpec(BaseModel):
     pair: str | None = Field(default=None,
         description="column of the second text of a pair (classification, regression)")
     label: str = Field(default="label",
-        description="column of the label, of the number (regression) or of the tags")
+        description="column of the label, of the number (regression) or of the tags; of several labels: a list, or "
+        "one text with commas between them")
     image: str = Field(default="image", description="column of the image in a table: its path, or its bytes")
     path: str | None = Field(default=None,
         description="folder that relative names of images and of their files are taken from; with layout, the set's "
@@ -129,13 +133,15 @@ class DataSpec(BaseModel):
 
 def _check_images(spec: DataSpec) -> None:
     """What concerns images alone, and how they and their labels are drawn."""
-    if spec.task != "image_classification":
+    if spec.task not in IMAGES:
         given = [key for key in ONLY_IMAGES if key in spec.model_fields_set
                  and getattr(spec, key) != DataSpec.model_fields[key].default]
         if given:
             raise ValueError(f"{given[0]} is for image_classification, not for {spec.task}")
     if spec.task not in LABELLED:
-        drawn = [key for key in ("train_size", "test_size", "shots", "test_fraction") if getattr(spec, key)]
+        able = ("shots", "test_fraction") if spec.task == MULTI_LABEL else ()
+        drawn = [key for key in ("train_size", "test_size", "shots", "test_fraction")
+                 if getattr(spec, key) and key not in able]
         if drawn:
             raise ValueError(f"{drawn[0]} draws by class: it is for {' and '.join(LABELLED)}, not for {spec.task}")
     sizes = [key for key in ("limit", "train_size", "shots") if getattr(spec, key) is not None]

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimtune.data import digits, drugreview, elevater, fgvc, vtab
-from slimtune.data.columns import label_column
-from slimtune.data.draw import balanced, few, generator
+from slimtune.data.columns import label_column, label_sets
+from slimtune.data.draw import balanced, few, few_of_sets, generator
 from slimtune.data.imagetables import pictures, read_images
 from slimtune.data.layout import Layout
-from slimtune.data.spec import LABELLED, SPLITS, DataSpec
+from slimtune.data.spec import IMAGES, LABELLED, MULTI_LABEL, SPLITS, DataSpec
 from slimtune.data.tables import Table, read_dataset, read_table
 from slimtune.errors import DataError, listing, suggest
 
@@ -63,13 +63,15 @@ def _drawn(train: Table, spec: DataSpec) -> Table:
         return train.take(order[:spec.limit])
     if spec.train_size is not None:
         return train.take(balanced(label_column(train, spec.label), spec.train_size, spec.seed, "train_size"))
+    if spec.shots is not None and spec.task == MULTI_LABEL:
+        return train.take(few_of_sets(label_sets(train, spec.label), spec.shots, spec.seed))
     if spec.shots is not None:
         return train.take(few(label_column(train, spec.label), spec.shots, spec.seed))
     return train
 
 
 def _cut(train: Table, spec: DataSpec, fraction: float, purpose: str) -> tuple[Table, Table | None]:
-    """What is kept and what is held out, in proportion to the labels; None where nothing can be."""
+    """What is kept and what is held out, in proportion to the labels if each has one; None where nothing can be."""
     classes = label_column(train, spec.label) if spec.task in LABELLED else None
     kept, held = hold_out(len(train), fraction, spec.seed, classes, purpose)
     return (train.take(kept), train.take(held)) if held else (train, None)
@@ -105,7 +107,7 @@ def hold_out(size: int, fraction: float, seed: int, classes: Sequence[Hashable] 
 def _read(spec: DataSpec, split: str) -> Table | None:
     """The table of a split, its images as pictures."""
     table = _table(spec, split)
-    if table is None or spec.task != "image_classification":
+    if table is None or spec.task not in IMAGES:
         return table
     return pictures(table, spec, Path())
 
@@ -128,7 +130,7 @@ def _table(spec: DataSpec, split: str) -> Table | None:
     name, _, part = given.partition(":")
     if name in PACKAGED:
         return PACKAGED[name](part or split)
-    return read_images(given, spec, split) if spec.task == "image_classification" else read_table(given, spec)
+    return read_images(given, spec, split) if spec.task in IMAGES else read_table(given, spec)
 
 
 def _name_and_split(given: str | None, dataset: str | None, split: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from slimtune.data import image_classification, language_modeling, text_classification, token_classification
 from slimtune.data.examples import Collate, Examples, Prepared, log, make_ready
 from slimtune.data.imagerows import ImageRows
-from slimtune.data.spec import LABELLED, SPLITS, DataSpec
+from slimtune.data.spec import IMAGES, LABELLED, MULTI_LABEL, SPLITS, DataSpec
 from slimtune.data.splits import Splits, read_splits
 from slimtune.data.tables import Table
 from slimtune.data.transform import Transform
@@ -33,8 +33,9 @@ FAMILIES = {
     "causal_lm": Family(_LANGUAGE.encode_causal, _LANGUAGE.label_names, _LANGUAGE.collator),
     "seq2seq": Family(_LANGUAGE.encode_seq2seq, _LANGUAGE.label_names, _LANGUAGE.collator),
     "image_classification": Family(_IMAGE.encode, _TEXT.label_names, _IMAGE.collator),
+    MULTI_LABEL: Family(_IMAGE.encode, _IMAGE.multi_label_names, _IMAGE.collator),
 }
-NAMED = ("classification", "token_classification", "image_classification")
+NAMED = ("classification", "token_classification", *IMAGES)
 """Tasks whose outputs have names."""
 
 
@@ -67,7 +68,8 @@ def prepare(spec: DataSpec, tokenizer: "Tokenizer | Transform") -> Prepared:
     images = None
     if isinstance(tokenizer, Transform):
         images = _about(tokenizer, {"train": train, "validation": validation, "test": test})
-    problem = "single_label_classification" if spec.task in LABELLED else spec.task
+    problem = {MULTI_LABEL: "multi_label_classification"}.get(spec.task, spec.task)
+    problem = "single_label_classification" if spec.task in LABELLED else problem
     return Prepared(spec.task, train, validation, test, names, 1 if spec.task == "regression" else len(names), problem,
                     family.collator(tokenizer), images)
 
@@ -94,9 +96,9 @@ def _about(transform: Transform, made: dict[str, Examples | None]) -> dict[str, 
 
 
 def _ready(tokenizer: "Tokenizer | Transform", spec: DataSpec) -> None:
-    if (spec.task == "image_classification") != isinstance(tokenizer, Transform):
+    if (spec.task in IMAGES) != isinstance(tokenizer, Transform):
         raise DataError(f"{spec.task} does not read with a {type(tokenizer).__name__}.",
-                        "image_classification needs a Transform, every other task a tokenizer.")
+                        f"{' and '.join(IMAGES)} need a Transform, every other task a tokenizer.")
     if not isinstance(tokenizer, Transform):
         make_ready(tokenizer, spec)
 
