@@ -1,21 +1,32 @@
 """A batch with a task for each example, beside one delta for all of it, and beside PEFT's `adapter_names`.
 
-    python benchmarks/route.py [--quick] [--threads 2] [--out benchmarks/results/route.json]
+    python benchmarks/route.py [--quick] [--threads 2] [--rounds 3] [--out benchmarks/results/route.json]
 
-BERT-base at random values, LoRA rank 8 on query and value, 64 examples, inference. Every figure is a ratio of pairs
-taken in turn in one process, as median with the spread from the 10th to the 90th percentile: routed over one
-unrouted delta, and PEFT's mixed batch over PEFT's one adapter. `resident`: bytes of the process' deltas over the sum
-of their files.
+BERT-base of 32 and 128 tokens and a decoding step of GPT-2 after 32 tokens, at random values, LoRA rank 8 on query and
+value (PEFT on GPT-2: on its fused projection), 64 examples, inference; 1000 deltas are attached. A batch has 1, 8 or 64
+tasks in turn, or 64 drawn anew from the 1000 each time; a route is opened for every call, and is in the time. A round
+takes each once, in random order, in one process; figures are ratios within a round, routed over one unrouted delta and
+PEFT's mixed batch over PEFT's one adapter, as median with the least and the most. PEFT has 64 adapters: adding one
+takes what `peft_add_ms` says, and more with each.
+
+`resident`, in a process of its own: what the process grows by, over the sum of the deltas' files, and what adding one
+takes. Rounds are --rounds of 128 tokens, twice as many of 32, three times as many of decoding.
 """
 import argparse
 import json
+import os
 import platform
+import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import peft
 import torch
@@ -24,112 +35,171 @@ from torch import Tensor, nn
 
 import slimtune as st
 
+Run = Callable[[], object]
+CACHE = "cache" if transformers.__version__ >= "5.24" else "past_key_values"
+
 
 def bert(layers: int) -> nn.Module:
-    config = transformers.BertConfig(num_hidden_layers=layers)
     torch.manual_seed(0)
-    return transformers.BertModel(config).eval()
+    return transformers.BertModel(transformers.BertConfig(num_hidden_layers=layers)).eval()
 
 
-def inputs(size: int, tokens: int) -> dict[str, Tensor]:
-    ids = torch.randint(5, 30_000, (size, tokens), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def gpt2(layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=layers)).eval()
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    pick = lambda q: ordered[round(q * (len(ordered) - 1))]  # noqa: E731
-    return {"median": round(statistics.median(values), 4), "p10": round(pick(0.1), 4), "p90": round(pick(0.9), 4),
-            "pairs": len(values)}
+def ids(size: int, tokens: int) -> Tensor:
+    return torch.randint(5, 30_000, (size, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def clock(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def encode(size: int, tokens: int) -> Callable[..., Any]:
+    """A call of a model on a batch."""
+    text = ids(size, tokens)
+    return lambda model, **extra: model(input_ids=text, **extra)
 
 
-def pairs(a: Callable[[], object], b: Callable[[], object], number: int) -> dict[str, float]:
-    a(), b()
-    return spread([clock(a) / clock(b) for _ in range(number)])
+def decode(model: nn.Module, size: int, tokens: int = 32) -> Callable[..., Any]:
+    """A call for one more token behind a cache, which is then as before."""
+    with torch.no_grad():
+        out = model(input_ids=ids(size, tokens), use_cache=True)
+    cache, token = getattr(out, CACHE), ids(size, 1)
+
+    def step(model: nn.Module, **extra: Any) -> None:
+        model(input_ids=token, use_cache=True, **{CACHE: cache}, **extra)
+        cache.crop(-1)
+
+    return step
 
 
 def tasks_of(size: int, distinct: int) -> list[str]:
-    return [f"t{i % distinct}" for i in range(size)]
+    return [f"t{i % distinct}" for i in range(size)] if distinct <= size else [
+        f"t{i}" for i in random.sample(range(distinct), size)]
 
 
-def ours(model: nn.Module, batch: dict[str, Tensor], distinct: int, number: int) -> dict[str, float]:
-    tasks = tasks_of(len(batch["input_ids"]), distinct)
+def runs(model: nn.Module, peer: nn.Module, call: Callable[..., Any], theirs: Callable[..., Any], size: int,
+         counts: list[int]) -> dict[str, Run]:
+    """What a round takes: each library's one delta and its mixed batches."""
+    def routed(distinct: int) -> None:
+        with st.route(model, tasks_of(size, distinct)):
+            call(model)
 
-    def routed() -> None:
-        with torch.no_grad(), st.route(model, tasks):
-            model(**batch)
+    made: dict[str, Run] = {"ours alone": lambda: call(model), "peft alone": lambda: theirs(peer)}
+    for count in counts:
+        made[f"ours {count}"] = lambda count=count: routed(count)
+        if count <= size:
+            made[f"peft {count}"] = lambda count=count: theirs(peer, adapter_names=tasks_of(size, count))
+    return made
 
-    def alone() -> None:
-        with torch.no_grad():
-            model(**batch)
 
+def measure(made: dict[str, Run], rounds: int, repeats: int) -> dict[str, Any]:
+    """The ratios within each round, by number of tasks and library."""
+    ratios: dict[str, list[float]] = {name: [] for name in made}
+    with torch.no_grad():
+        for name in ("ours alone", "peft alone", f"ours {max(int(n.split()[1]) for n in made if 'alone' not in n)}"):
+            made[name]()
+        for _ in range(rounds):
+            taken = {}
+            for name in random.sample(list(made), len(made)):
+                start = time.perf_counter()
+                for _ in range(repeats):
+                    made[name]()
+                taken[name] = time.perf_counter() - start
+            for name in made:
+                ratios[name].append(taken[name] / taken[f"{name.split()[0]} alone"])
+    found: dict[str, Any] = {}
+    for name, values in ratios.items():
+        library, count = name.split()
+        if count != "alone":
+            found.setdefault(count, {})[library] = {"median": round(statistics.median(values), 3), "rounds": rounds,
+                                                    "least": round(min(values), 3), "most": round(max(values), 3)}
+    return found
+
+
+def many(model: nn.Module, number: int) -> nn.Module:
+    for i in range(number):
+        st.attach(model, st.methods.LoRA(rank=8), name=f"t{i}", seed=i)
     st.activate(model, "t0")
-    return pairs(routed, alone, number)
+    return model
 
 
-def theirs(model: peft.PeftModel, batch: dict[str, Tensor], distinct: int, number: int) -> dict[str, float]:
-    names = tasks_of(len(batch["input_ids"]), distinct)
+def peer_of(model: nn.Module, targets: list[str], number: int) -> tuple[nn.Module, dict[str, float]]:
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets, fan_in_fan_out=targets == ["c_attn"])
+    made, taken = peft.get_peft_model(model, config, adapter_name="t0").eval(), []
+    for i in range(1, number):
+        start = time.perf_counter()
+        made.add_adapter(f"t{i}", config)
+        taken.append(1e3 * (time.perf_counter() - start))
+    made.set_adapter("t0")
+    return made.eval(), {"first_ten": round(statistics.median(taken[:10]), 1),
+                         "last_ten": round(statistics.median(taken[-10:]), 1)}
 
-    def mixed() -> None:
-        with torch.no_grad():
-            model(**batch, adapter_names=names)
 
-    def alone() -> None:
-        with torch.no_grad():
-            model(**batch)
-
-    model.set_adapter("t0")
-    return pairs(mixed, alone, number)
+def memory() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def resident(layers: int, number: int) -> dict[str, Any]:
-    """Attach many deltas; their bytes over their files', and what adding one takes."""
-    model = bert(layers)
+    """Load many deltas: what the process grows by over their files, and what adding one takes."""
+    model, taken = bert(layers), []
     with tempfile.TemporaryDirectory() as home:
-        first = st.attach(model, st.methods.LoRA(rank=8), name="t0")
-        first.save(Path(home) / "t0")
-        file = sum(p.stat().st_size for p in (Path(home) / "t0").iterdir())
-        taken = [clock(lambda i=i: st.load(model, Path(home) / "t0", name=f"t{i}")) for i in range(1, number)]
-    held = sum(p.numel() * p.element_size() for d in st.deltas(model).values() for p in d.tensors().values())
-    return {"deltas": number, "bytes_over_files": round(held / (file * number), 3),
-            "add_ms_first_ten": round(1e3 * statistics.median(taken[:10]), 2),
-            "add_ms_last_ten": round(1e3 * statistics.median(taken[-10:]), 2)}
+        folder = Path(home) / "t"
+        st.attach(model, st.methods.LoRA(rank=8), name="t").save(folder)
+        file = sum(p.stat().st_size for p in folder.iterdir())
+        st.load(model, folder, name="warm")
+        before = memory()
+        for i in range(number):
+            start = time.perf_counter()
+            st.load(model, folder, name=f"t{i}")
+            taken.append(1e3 * (time.perf_counter() - start))
+        grown = memory() - before
+    return {"deltas": number, "file_bytes": file, "grown_over_files": round(grown / (file * number), 3),
+            "add_ms_first_hundred": round(statistics.median(taken[:100]), 2),
+            "add_ms_last_hundred": round(statistics.median(taken[-100:]), 2)}
+
+
+def apart(options: argparse.Namespace, layers: int, number: int) -> dict[str, Any]:
+    """`resident` in a process of its own."""
+    command = [sys.executable, __file__, "--threads", str(options.threads), "--resident", str(layers), str(number)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two layers and few pairs")
+    parser.add_argument("--quick", action="store_true", help="two layers, 16 examples and 100 deltas")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["32", "128", "decode"], help="one of the three")
+    parser.add_argument("--resident", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    layers, number, size = (2, 3, 16) if options.quick else (12, 9, 64)
-    distinct = [1, 8, size]
-    model = bert(layers)
-    for i in range(size):
-        st.attach(model, st.methods.LoRA(rank=8), name=f"t{i}", seed=i)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"])
-    peer = peft.get_peft_model(bert(layers), config, adapter_name="t0").eval()
-    for i in range(1, size):
-        peer.add_adapter(f"t{i}", config)
-    rows: dict[str, Any] = {}
-    for tokens in (32, 128):
-        batch = inputs(size, tokens)
-        for d in distinct:
-            key = f"{tokens} tokens, {d} tasks"
-            rows[key] = {"ours": ours(model, batch, d, number), "peft": theirs(peer, batch, d, number)}
-            print(key, json.dumps(rows[key]), flush=True)
-    rows["resident"] = resident(layers, 50 if options.quick else 1000)
+    random.seed(0)
+    if options.resident:
+        print(json.dumps(resident(*options.resident)))
+        return
+    layers, size, number = (2, 16, 100) if options.quick else (12, 64, 1000)
+    rows: dict[str, Any] = {"resident": apart(options, layers, number)}
     print("resident", json.dumps(rows["resident"]), flush=True)
+    for kind, make, targets in (("bert", bert, ["query", "value"]), ("gpt2", gpt2, ["c_attn"])):
+        wanted = [k for k in (["32", "128"] if kind == "bert" else ["decode"]) if options.only in (None, k)]
+        if not wanted:
+            continue
+        model = many(make(layers), number)
+        peer, rows[f"peft_add_ms {kind}"] = peer_of(make(layers), targets, size)
+        for name in wanted:
+            call = decode(model, size) if name == "decode" else encode(size, int(name))
+            theirs = decode(peer, size) if name == "decode" else call
+            made = runs(model, peer, call, theirs, size, [1, 8, size, number])
+            times = {"128": 1, "32": 2, "decode": 3}[name]
+            found = measure(made, times * options.rounds, 4 if name == "decode" else 1)
+            for count, row in found.items():
+                rows[f"{kind} {name}, {count} tasks"] = row
+                print(f"{kind} {name}, {count} tasks", json.dumps(row), flush=True)
+        del model, peer, call, theirs, made
     if options.out:
         machine = {"processor": platform.machine(), "threads": options.threads, "torch": torch.__version__,
-                   "transformers": transformers.__version__, "peft": peft.__version__}
+                   "transformers": transformers.__version__, "peft": peft.__version__, "load": os.getloadavg()[0]}
         options.out.write_text(json.dumps({"machine": machine, "batch": size, "rows": rows}, indent=1) + "\n")
 
 

@@ -42,12 +42,12 @@ def solo(model, inputs, tasks):
     return found
 
 
-def assert_routed(model, inputs, tasks) -> None:
+def assert_routed(model, inputs, tasks, rtol: float = 1e-9, atol: float = 1e-10) -> None:
     alone = solo(model, inputs, tasks)
     with torch.no_grad(), route(model, tasks):
         mixed = output(model, inputs)
     for row, task in enumerate(tasks):
-        torch.testing.assert_close(mixed[row], alone[task][row], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(mixed[row], alone[task][row], rtol=rtol, atol=atol)
     assert any(not torch.equal(alone[t], alone[u]) for t in alone for u in alone)
 
 
@@ -73,11 +73,39 @@ def test_other_methods_and_the_plain_backbone_in_one_batch(family: str):
     assert_routed(model, inputs, ["c", "a", "b"])
 
 
+@pytest.mark.parametrize("composition", ["concat", "gate", "add", "relu"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_prefixes_beside_other_methods_and_the_plain_backbone(attention: str, family: str, composition: str):
+    model, inputs = tiny(family, attn_implementation=attention).double().eval(), inputs_of(family)
+    moved(model, get("prefix_tuning")(length=2, composition=composition), "a", 1)
+    moved(model, get("prefix_tuning")(length=3), "b", 2)
+    moved(model, get("lora")(rank=2), "c", 3)
+    rounding = (1e-9, 1e-10) if attention == "sdpa" else (1e-5, 1e-6)   # eager attention's softmax is in float32
+    assert_routed(model, inputs, ["b", None, "a"], *rounding)
+    assert_routed(model, inputs, ["c", "a", "b"], *rounding)
+
+
 def test_swin_repeats_a_task_for_each_window():
     model, inputs = tiny("swin").double().eval(), inputs_of("swin")
     moved(model, get("lora")(rank=2), "a", 1)
     moved(model, get("houlsby")(bottleneck=3), "b", 2)
     assert_routed(model, inputs, ["b", "a", None])
+
+
+@pytest.mark.parametrize("family", ["bert", "swin"])
+def test_other_supports_of_dsee_in_one_batch(family: str):
+    """Constants of each delta, beside those that all share; swin repeats them for each window."""
+    model, inputs = tiny(family).double().eval(), inputs_of(family)
+    for seed, name in enumerate("ab"):
+        delta = attach(model, get("dsee")(rank=2, nonzero=5, support="random"), name=name, seed=seed)
+        with torch.no_grad():
+            for p in delta.parameters():
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed), dtype=p.dtype))
+    supports = [d.slots[0][1]._parameters["indices"] for d in st.deltas(model).values()]
+    assert not torch.equal(*supports)
+    assert_routed(model, inputs, MIXED)
+    assert_routed(model, inputs, ["b", None, "a"])
 
 
 def test_training_reaches_each_deltas_own_parameters():
@@ -123,6 +151,35 @@ def test_under_gradient_checkpointing(reentrant: bool):
         torch.testing.assert_close(a, b)
 
 
+def test_a_compiled_model_is_routed():
+    """A graph holds for every thread, so the model runs as it is written; before and after, the graph runs."""
+    model, inputs = tiny("bert").double().eval(), inputs_of("bert")
+    for seed, task in enumerate("ab"):
+        moved(model, get("lora")(rank=2), task, seed)
+    alone = solo(model, inputs, ["a", "b", None])
+    st.activate(model, "a")
+    captured, number = [], 0
+
+    def backend(graph, examples):
+        captured.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        for tasks in (["a", "b", None], ["b", "b", "a"]):   # before and after it was compiled
+            with route(model, tasks):
+                mixed = compiled(**inputs).logits
+            for row, task in enumerate(tasks):
+                torch.testing.assert_close(mixed[row], alone[task][row], rtol=1e-9, atol=1e-10)
+            assert len(captured) == number
+            torch.testing.assert_close(compiled(**inputs).logits, alone["a"], rtol=1e-9, atol=1e-10)
+            number = len(captured)
+            assert number
+    inner = {k: v for k, v in inputs.items() if k != "labels"}
+    with route(model, ["a", "b", "a"]), pytest.raises(Exception, match="a route is open"):
+        torch.export.export(model, (), inner)
+
+
 @pytest.mark.parametrize("method", ["lora", "prefix_tuning", "prompt_tuning"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate(method: str, beams: int):
@@ -131,13 +188,13 @@ def test_generate(method: str, beams: int):
     for seed, task in enumerate("ab"):
         moved(model, small(get(method)), task, seed)
     settings = {"max_new_tokens": 4, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
-    alone = {}
-    for task in "ab":
-        st.activate(model, task)
+    alone, tasks = {}, MIXED if method == "prompt_tuning" else ["b", None, "a"]
+    for task in dict.fromkeys(tasks):
+        st.activate(model, *([task] if task else []))
         alone[task] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    with route(model, MIXED):
+    with route(model, tasks):
         mixed = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-    for row, task in enumerate(MIXED):
+    for row, task in enumerate(tasks):
         width = min(mixed.shape[1], alone[task].shape[1])
         assert torch.equal(mixed[row, :width], alone[task][row, :width])
 
@@ -145,7 +202,8 @@ def test_generate(method: str, beams: int):
 def traffic(requests: int, threads: int) -> None:
     """Random mixed requests while other deltas come and go; every answer must be the one it is alone."""
     model = tiny("bert").eval()
-    kinds = [get("lora")(rank=2), get("houlsby")(bottleneck=3, norms="none"), get("lora")(rank=2), get("ia3")()]
+    kinds = [get("lora")(rank=2), get("houlsby")(bottleneck=3, norms="none"), get("lora")(rank=2), get("ia3")(),
+             get("bitfit")()]
     for seed, kind in enumerate(kinds):
         moved(model, kind, f"t{seed}", seed)
     tasks = [None, *(f"t{i}" for i in range(len(kinds)))]
@@ -158,7 +216,7 @@ def traffic(requests: int, threads: int) -> None:
         number = 0
         while not stop:
             number += 1
-            extra = moved(model, get("lora")(rank=2), f"x{number}", number)
+            extra = moved(model, get("bitfit")() if number % 2 else get("lora")(rank=2), f"x{number}", number)
             st.activate(model)
             extra.detach()
 
@@ -219,10 +277,10 @@ def test_refusals():
     with pytest.raises(DeltaError, match="no delta is attached"), route(model, ["a"]):
         pass
     moved(model, get("lora")(rank=2), "sst2")
-    moved(model, get("prefix_tuning")(length=2), "cola")
+    moved(model, get("prompt_tuning")(length=2), "cola")
     with pytest.raises(DeltaError, match="sst2"), route(model, ["sst", "sst2", "sst2"]):
         pass
-    with pytest.raises(MethodError, match="PrefixTuning"), route(model, ["sst2", "cola", "sst2"]):
+    with pytest.raises(MethodError, match="PromptTuning"), route(model, ["sst2", "cola", "sst2"]):
         pass
     st.activate(model, "sst2")
     st.deltas(model)["sst2"].merge()

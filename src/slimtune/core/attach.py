@@ -10,21 +10,24 @@ from slimtune.core.anatomy import Anatomy, dissect
 from slimtune.core.bound import weight_at
 from slimtune.core.delta import Delta, check_names, check_tensor
 from slimtune.core.init import Init, Params
-from slimtune.core.insert import CHILD, LOCK, Root, Slot, hook_source, insert_at
+from slimtune.core.insert import CHILD, LOCK, Root, Slot, hook_source, hook_with, insert_at
+from slimtune.core.labels import Labels, check_labels, expected, refuse_labels
 from slimtune.core.method import NORMS, Method, base_dtype, key_of
 from slimtune.core.reentrant import open_checkpoints
 from slimtune.core.sites import Site, join, lookup
-from slimtune.core.switch import release, set_active, strip
+from slimtune.core.switch import release, set_active, strip, thaw
 from slimtune.core.unfreeze import Owned, base_parameters, is_frozen_kind, places_of
 from slimtune.errors import DeltaError, MethodError, listing
 
 
 def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default", *, seed: int = 0,
-           anatomy: Anatomy | None = None, state: Mapping[str, Tensor] | None = None) -> Delta:
+           anatomy: Anatomy | None = None, state: Mapping[str, Tensor] | None = None,
+           labels: Labels = "model") -> Delta:
     """Freeze the backbone, add what the method trains, and make it the delta that runs.
 
     A list of methods is their union. Parameters start from `seed`, whatever the global random state, or
     take the values of `state`. The first method of a union says how head and norms are treated.
+    labels: "own" lets a head of `state` have another number of labels than the model, for routes (see route.py).
 
     Errors: MethodError for a method that cannot go on this backbone; SiteError for a site or block it does
     not have; DeltaError for a name in use, or a state that does not fit. The model is left as it was.
@@ -37,24 +40,24 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     """
     methods = _methods(method)
     with LOCK:
-        return _attach(model, methods, name, seed, anatomy, state)
+        return _attach(model, methods, name, seed, anatomy, state, labels)
 
 
 def _attach(model: nn.Module, methods: tuple[Method, ...], name: str, seed: int, anatomy: Anatomy | None,
-            state: Mapping[str, Tensor] | None) -> Delta:
+            state: Mapping[str, Tensor] | None, labels: Labels) -> Delta:
     root = _root(model, name)
     before = root.plan.active, root.plan.weights
     set_active(root, ())
     try:
         root.anatomy = anatomy or root.anatomy or dissect(model)
-        build = _Build(model, name, methods, root.anatomy, root, seed, state)
+        build = _Build(model, name, methods, root.anatomy, root, seed, state, labels)
         delta = build.run()
     except BaseException:
         strip(root, name, list(model.modules()))
         release(root, model.modules())
         set_active(root, *before)
         if not root.deltas:
-            _thaw(model, root)
+            thaw(model, root)
         raise
     root.deltas[name] = delta
     set_active(root, (name,))
@@ -96,19 +99,13 @@ def _root(model: nn.Module, name: str) -> Root:
     return root
 
 
-def _thaw(model: nn.Module, root: Root) -> None:
-    for path, p in base_parameters(model).items():
-        p.requires_grad_(root.required.get(path, True))
-    model._modules.pop(CHILD, None)
-
-
 class _Build:
     """The delta in the making: what methods see as `Builder`."""
 
     def __init__(self, model: nn.Module, name: str, methods: tuple[Method, ...], anatomy: Anatomy, root: Root,
-                 seed: int, state: Mapping[str, Tensor] | None) -> None:
+                 seed: int, state: Mapping[str, Tensor] | None, labels: Labels) -> None:
         self.model, self.anatomy, self.root, self.plan = model, anatomy, root, root.plan
-        self.name, self.seed, self.state = name, seed, state
+        self.name, self.seed, self.state, self.labels = name, seed, state, labels
         self.delta = Delta(model, name, methods, anatomy, seed)
         self.used: set[str] = set()
         self.modules: dict[str, nn.Module] = {}
@@ -131,6 +128,8 @@ class _Build:
             raise MethodError(f"{type(leading).__name__} trains nothing on this {self.anatomy.model_type}: "
                               f"{why}.",
                               "Load the model with a task head, for example AutoModelForSequenceClassification.")
+        if check_labels(self.delta.owned):
+            hook_with(self.model, refuse_labels, pre=True)
         open_checkpoints(self.model, self.anatomy, self.plan, self.delta)
         return self.delta
 
@@ -209,8 +208,11 @@ class _Build:
             key = f"{'head' if group == 'head' else 'own'}.{path}"
             given = self.state.get(key) if self.state is not None else None
             if given is not None:
-                check_tensor(f"delta '{self.name}': {key}", given, tuple(base.shape),
-                             "Load the model with the delta's number of labels." if group == "head" else "")
+                free = group == "head" and self.labels == "own"
+                shape = expected(self.model, self.places[id(base)], given, base) if free else base.shape
+                check_tensor(f"delta '{self.name}': {key}", given, tuple(shape),
+                             "Load the model with the delta's number of labels, or the delta with labels='own'."
+                             if group == "head" else "")
             source = base.detach() if given is None else given.to(base.device, base.dtype)
             value = nn.Parameter(source.clone(), requires_grad=trained)
             self.delta.owned.append(Owned(path, group, base, value, self.places[id(base)]))

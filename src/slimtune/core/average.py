@@ -38,10 +38,10 @@ def average(model: nn.Module, weights: Mapping[str, float], name: str) -> Delta:
     lead = parts[0][0]
     root = model._modules[CHILD]
     before = root.plan.active, root.plan.weights  # type: ignore[union-attr]
-    bases = {own.key: own.base for own in lead.owned}
+    bases = {own.key: own.base for own in lead.owned if own.base.shape == own.value.shape}  # a head of other labels
     states = [(d.state(), w) for d, w in parts]
     mixed = {key: _sum(key, [(s[key], w) for s, w in states], bases.get(key)) for key in states[0][0]}
-    delta = attach(model, lead.methods, name, seed=lead.seed, anatomy=lead.anatomy, state=mixed)
+    delta = attach(model, lead.methods, name, seed=lead.seed, anatomy=lead.anatomy, state=mixed, labels="own")
     delta.info = dict(lead.info)
     set_active(root, *before)  # type: ignore[arg-type]
     return delta
@@ -62,10 +62,14 @@ def _parts(model: nn.Module, weights: Mapping[str, float]) -> list[tuple[Delta, 
         if [to_config(m) for m in delta.methods] != configs:
             raise DeltaError(f"deltas '{lead.name}' and '{delta.name}' are of other methods or settings, so their "
                              "numbers do not correspond.", "Use activate(..., weights=...), which sums what they do.")
-        if delta.info.get("labels") != lead.info.get("labels"):
+        if delta.info.get("labels") != lead.info.get("labels") or _heads(delta) != _heads(lead):
             raise DeltaError(f"deltas '{lead.name}' and '{delta.name}' have other labels, so their heads do not "
                              "correspond.", "Use activate(..., weights=...).")
     return parts
+
+
+def _heads(delta: Delta) -> dict[str, torch.Size]:
+    return {own.path: own.value.shape for own in delta.owned if own.group == "head"}
 
 
 def _sum(key: str, values: list[tuple[Tensor, float]], base: Tensor | None) -> Tensor:

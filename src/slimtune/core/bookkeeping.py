@@ -19,10 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from slimtune.core.insert import first
 from slimtune.errors import MethodError
 
 Grams = dict[tuple[Any, ...], Tensor]
 """Products that several norms share, such as the one of the input of query, key and value."""
+
+HELD = 8
+"""How many of them are held at once."""
 
 
 class Whole:
@@ -35,7 +39,7 @@ class Whole:
         return self.grads.reshape(-1, *shape)
 
     def sum(self, factors: Tensor, total: Tensor | None, shape: torch.Size) -> Tensor:
-        found = (factors.to(self.grads.dtype) @ self.grads.flatten(1)).view(shape)
+        found = (factors.to(self.grads.dtype) @ self.grads.reshape(len(factors), -1)).view(shape)
         return found if total is None else total.add_(found)
 
 
@@ -87,6 +91,8 @@ def _gram(a: Tensor, b: Tensor, grams: Grams) -> Tensor:
         return a.gather(2, b[:, None, :].expand(-1, a.shape[1], -1))
     key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (a, b))
     if key not in grams:
+        if len(grams) >= HELD:
+            grams.pop(next(iter(grams)))
         grams[key] = a @ b.mT
     return grams[key]
 
@@ -119,13 +125,13 @@ class Rows:
         if len(outer) < len(self.uses):
             if len(self.uses) > 1:
                 self.uses = [Whole(self.each())]
-            return self.each().flatten(1).norm(dim=1)
+            return self.each().reshape(self.size, -1).norm(dim=1)
         total = torch.zeros((), dtype=torch.float64)
         for i, use in enumerate(outer):
             total = total + use.dot(use, grams)
             for other in outer[:i]:
                 total = total + 2 * use.dot(other, grams)
-        return total.clamp_min(0).sqrt().to(outer[0].right.dtype)
+        return total.clamp_min(0).sqrt().to(torch.promote_types(outer[0].right.dtype, torch.float32))
 
     def sum(self, factors: Tensor, total: Tensor | None = None) -> Tensor:
         """sum_i f_i g_i, added to `total` in place if there is one. Shapes: factors (B); the tensor's."""
@@ -146,7 +152,7 @@ def keeps(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.LayerNorm) or type(module).__name__ == "Conv1D"
 
 
-def keeping(module: nn.Module, trained: Mapping[str, Tensor], size: int, keep: Keep) -> Callable[[Tensor], Tensor]:
+def keeping(module: nn.Module, trained: Mapping[str, Tensor], size: int, keep: Keep) -> Callable[..., Tensor]:
     """The module's forward; in the backward pass it gives what is trained to `keep`, and `.grad` to nothing.
 
     An input whose first axis is a multiple of the examples is cut along it; positions that stand for all examples,
@@ -154,7 +160,8 @@ def keeping(module: nn.Module, trained: Mapping[str, Tensor], size: int, keep: K
     """
     names = frozenset(trained)
 
-    def forward(x: Tensor) -> Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        x = first(args, kwargs)
         if x.shape[0] % size or not x.shape[0]:
             if x.shape[0] != 1 or x.is_floating_point():
                 raise shared(module, size)
@@ -168,7 +175,9 @@ def keeping(module: nn.Module, trained: Mapping[str, Tensor], size: int, keep: K
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, *own = (t if t is None else t.to(dtype) for t in (x, *own))  # type: ignore[assignment]
-        return _Linear.apply(x, *own, not isinstance(module, nn.Linear), (size, names, keep))
+        # as a matrix, so that y is a view of a result that autograd knows, as F.linear's is: see low_rank_add
+        y = _Linear.apply(x.reshape(-1, x.shape[-1]), *own, not isinstance(module, nn.Linear), (size, names, keep))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     return forward
 
@@ -201,7 +210,7 @@ class _Linear(torch.autograd.Function):
         if "bias" in names:
             keep("bias", Whole(left.sum(1, dtype=torch.promote_types(dy.dtype, torch.float32))))
         if "weight" in names:
-            right = _tokens(x, size)
+            right = _tokens(x.detach(), size)
             use = Outer(right, left) if ctx.turned else Outer(left, right)
             small = weight.numel() < 2 * left.shape[1] ** 2
             keep("weight", Whole(use.each(weight.shape)) if small else use)
@@ -242,7 +251,7 @@ class _Norm(torch.autograd.Function):
         size, names, keep = ctx.book
         wide = torch.promote_types(dy.dtype, torch.float32)
         if "weight" in names:
-            scaled = (x.to(wide) - mean) * rstd
+            scaled = (x.detach().to(wide) - mean) * rstd
             keep("weight", Whole(scaled.mul_(dy).view(size, -1, *ctx.shape).sum(1)))
         if "bias" in names:
             keep("bias", Whole(dy.reshape(size, -1, *ctx.shape).sum(1, dtype=wide)))

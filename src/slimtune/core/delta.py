@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.count import Count
-from slimtune.core.fingerprint import fingerprint
+from slimtune.core.fingerprint import content, fingerprint
 from slimtune.core.insert import CHILD, LOCK, Root, Slot
 from slimtune.core.mask import apply_masks, kept, set_masks
 from slimtune.core.merge import merged
@@ -135,6 +135,15 @@ class Delta:
         """Deltas of one signature have the same slots, with tensors of the same shapes."""
         return json.dumps([[to_config(m) for m in self.methods], [slot.label for _, slot in self.slots]])
 
+    def digest(self) -> str:
+        """What tells this delta from every other, whatever its name: the SHA-256 of its content, in hexadecimal.
+
+        It is another as soon as a number or a mask changes, and the same after saving and loading, unless saving drops
+        a reparametrisation.
+        """
+        self._alive()
+        return content(self.signature, self.state(), {f"mask.{name}": mask for name, mask in self.masks.items()})
+
     def penalty(self) -> Tensor | None:
         """What its methods add to the loss (see Method.penalty), or None."""
         terms = [t for method, slots in self.by_method() if (t := method.penalty(slots)) is not None]
@@ -191,10 +200,17 @@ class Delta:
         Until unmerge() no other delta can be attached or made active, and this one cannot be disabled.
         zeros: where the delta masks the backbone's weights, "fill" gives m * W + dW, which does what the delta does
         and is dense, and "keep" gives m * (W + dW).
-        Errors: MethodError when a method is not linear; DeltaError when it is merged already, not the
-        one that runs, or masks the backbone and `zeros` is not said.
+        Errors: MethodError when a method is not linear; DeltaError when it is merged already, not the one that runs,
+        or masks the backbone and `zeros` is not said, and while a route is open.
         """
         self._alive()
+        with LOCK:
+            self._merge(zeros)
+
+    def _merge(self, zeros: Literal["keep", "fill"] | None) -> None:
+        if self.root.plan.routes:
+            raise DeltaError("a route is open on this model, and its answers need the backbone's own weights.",
+                             "Merge when it is closed.")
         if self.merged:
             raise DeltaError(f"delta '{self.name}' is merged already.", "Call unmerge() first.")
         if self.root.plan.active != (self.name,) or self.root.plan.weights:
@@ -228,7 +244,7 @@ class Delta:
             rest = tuple(n for n in root.plan.active if n != self.name)
             set_active(root, rest, {n: w for n, w in root.plan.weights.items() if n in rest})
             del root.deltas[self.name]
-            leave(self.model, self.name, self.hosts, any(s.kind == "kv" for _, s in self.slots))
+            leave(root, self.model, self.name, self.hosts, any(s.kind == "kv" for _, s in self.slots))
         self.slots, self.owned, self.hosts, self.shared = [], [], [], {}
         self._gone = True
 

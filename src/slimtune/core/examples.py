@@ -18,8 +18,10 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from slimtune.core.bookkeeping import Outer, Rows, Whole, keeping, keeps, shared
+from slimtune.core.disentangled import each_bias
 from slimtune.core.insert import CHILD, Root
 from slimtune.core.switch import deltas
+from slimtune.core.unfreeze import base_modules
 from slimtune.errors import DeltaError, listing
 
 BIAS, MAKER = "relative_attention_bias", "compute_bias"
@@ -108,13 +110,13 @@ class ExampleGradients:
             for module, name in own.places:
                 if module._parameters[name] is own.value:
                     trained.setdefault(id(module), {})[name] = own.value
-        kept = [module for _, module in outermost(self.model, trained) if keeps(module)]
+        kept = [module for path, module in outermost(self.model, trained) if keeps(module) and not path.endswith(BIAS)]
         for module in kept:
             own = trained.pop(id(module))
             self._replace(module, "forward", keeping(module, own, self.size, lambda name, use, own=own:
                                                      self.kept.setdefault(id(own[name]), []).append(use)))
         leaves = {key: {name: self._leaf(p) for name, p in own.items()} for key, own in trained.items()}
-        for module, name, function in forwards(self.model, leaves, self.size):
+        for module, name, function in (*forwards(self.model, leaves, self.size), *each_bias(base_modules(self.model))):
             self._replace(module, name, function)
 
     def _replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
@@ -186,7 +188,7 @@ def forwards(model: nn.Module, leaves: Mapping[int, Mapping[str, Tensor]],
 
 def outermost(model: nn.Module, chosen: Container[int]) -> list[tuple[str, nn.Module]]:
     """(path, module) of the modules chosen by id that stand in no other of them."""
-    paths = {path: m for path, m in model.named_modules() if id(m) in chosen}
+    paths = {path: m for path, m in base_modules(model) if id(m) in chosen} if chosen else {}
     return [(path, m) for path, m in paths.items() if not any(path.startswith(f"{other}.") for other in paths)]
 
 

@@ -5,7 +5,7 @@ samples as bfloat16, so that a delta trained on a float32 base loads on its bflo
 compares the very bits, and is asked for where the delta stores differences from the base.
 """
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,15 @@ def _places(model: nn.Module, anatomy: Anatomy) -> list[tuple[str, nn.Module, st
 
 def _digest(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:32]
+
+
+def content(signature: str, *tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what a delta is: its methods and sites, and every bit of these tensors with their names."""
+    digest = hashlib.sha256(signature.encode())
+    for name, t in sorted((name, t) for named in tensors for name, t in named.items()):
+        digest.update(f"\n{name}:{t.dtype}{tuple(t.shape)}".encode())
+        digest.update(t.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def bits_digest(model: nn.Module) -> str:

@@ -6,15 +6,16 @@ so deepcopy, pickling, gradient checkpointing and sharding see ordinary modules.
 one tuple in the plan that all inserts of a model share: a switch walks nothing.
 """
 import inspect
-from collections.abc import Callable
 from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from slimtune.core.anatomy import Anatomy
 from slimtune.core.slot import Slot
+from slimtune.errors import MethodError
 
 CHILD = "slimtune"
 LOCK = RLock()
@@ -75,8 +76,12 @@ class Insert(nn.Module):
 
     def named(self, kind: str) -> list[tuple[str, Slot]]:
         """The slots of one kind that run now, in the order of the active deltas, with the delta's name."""
-        if self.plan.routes and (own := self.plan.routes.get(thread())) is not None:
-            return own.at(self, kind)
+        if self.plan.routes:
+            if torch.compiler.is_compiling():
+                raise MethodError("a route is open, and a graph that is captured now would hold for every thread.",
+                                  "Compile or export the model before the route opens, or when it is closed.")
+            if (own := self.plan.routes.get(thread())) is not None:
+                return own.at(self, kind)
         groups = self.groups
         return [(name, slot) for name in self.plan.active if name in groups for slot in groups[name]
                 if slot.kind == kind]
@@ -125,18 +130,26 @@ def insert_at(host: nn.Module, plan: Plan) -> Insert:
 
 
 def hook_output(host: nn.Module) -> None:
-    _once(host._forward_hooks, _output, lambda: host.register_forward_hook(_output, with_kwargs=True))
+    hook_with(host, _output)
 
 
 def hook_input(host: nn.Module) -> None:
-    _once(host._forward_pre_hooks, _input, lambda: host.register_forward_pre_hook(_input))
+    if _input not in host._forward_pre_hooks.values():
+        host.register_forward_pre_hook(_input)
 
 
 def hook_with(host: nn.Module, function: Any, pre: bool = False) -> None:
-    """Register a primitive's own hook on a host, once; it is called with the keyword arguments as well."""
-    hooks = host._forward_pre_hooks if pre else host._forward_hooks
-    register = host.register_forward_pre_hook if pre else host.register_forward_hook
-    _once(hooks, function, lambda: register(function, with_kwargs=True))
+    """Register a primitive's own hook on a host, once; it is called with the keyword arguments as well.
+
+    That it takes them is written down first: register_forward_hook does it last, and a call of another thread that
+    comes between fails.
+    """
+    hooks, marks = ((host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs) if pre else
+                    (host._forward_hooks, host._forward_hooks_with_kwargs))
+    if function not in hooks.values():
+        key = RemovableHandle(hooks).id
+        marks[key] = True
+        hooks[key] = function
 
 
 def hook_source(source: nn.Module, path: str, target: nn.Module, plan: Plan) -> None:
@@ -145,11 +158,6 @@ def hook_source(source: nn.Module, path: str, target: nn.Module, plan: Plan) -> 
     if all(fed is not sink for fed, _ in insert.feeds):
         insert.feeds = (*insert.feeds, (sink, path))
     hook_with(source, _feed, pre=True)
-
-
-def _once(hooks: dict[int, Any], function: Any, register: Callable[[], object]) -> None:
-    if function not in hooks.values():
-        register()
 
 
 def unhook(host: nn.Module, functions: tuple[Any, ...]) -> None:

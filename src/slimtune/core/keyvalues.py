@@ -126,20 +126,25 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     for number, slot in enumerate(insert.live("kv") if insert is not None else ()):
         # a visual prompt's were made by a hook in front of the attention (see promptkeys.py)
         made = insert.plan.take(f"pair/{number}")  # type: ignore[union-attr]
-        extra = slot.method.keys_values(slot.bind(key)) if made is None else made
-        k, v = (_heads(t, slot.site, key) for t in extra)
+        index = slot.chosen(key.shape[0])
+        mine = key if index is None else key[index]
+        extra = slot.method.keys_values(slot.bind(mine)) if made is None else made
+        k, v = (_whole(_heads(t, slot.site, mine), key, index) for t in extra)
         if slot.method.composition != "concat":
-            beside.append((slot.method.composition, k, v, key, attention_mask, kwargs.get("position_bias")))
+            beside.append((slot.method.composition, k, v, key, attention_mask, kwargs.get("position_bias"), index))
             continue
         attention_mask = _mask(module, query, key, attention_mask, k.shape[2], kwargs)
+        if index is not None:
+            attention_mask = _closed(module, attention_mask, index, key, k.shape[2])
         if (bias := kwargs.get("position_bias")) is not None:
             front = prefix_bias(slot, query, key, k.shape[2])
             kwargs["position_bias"] = pad(bias, (k.shape[2], 0)) if front is None else torch.cat(
                 [front.expand(*bias.shape[:-1], -1), bias], -1)
         key, value = torch.cat([k, key], 2), torch.cat([v, value], 2)
     out, shares = _original(module)(module, query, key, value, attention_mask, **kwargs)
-    for composition, k, v, own, mask, bias in beside:
-        out = compose(composition, module, query, k, v, out, own, mask, bias, kwargs)
+    for composition, k, v, own, mask, bias, index in beside:
+        new = compose(composition, module, query, k, v, out, own, mask, bias, kwargs)
+        out = new if index is None else out.index_copy(0, index, new[index])
     return out, shares
 
 
@@ -183,6 +188,26 @@ def _heads(t: Tensor, site: Site, key: Tensor) -> Tensor:
     if t.dim() == 3 or t.shape[0] in (1, key.shape[0]):
         return t.expand(key.shape[0], -1, -1, -1)
     return t.repeat_interleave(key.shape[0] // t.shape[0], 0)
+
+
+def _whole(t: Tensor, key: Tensor, index: Tensor | None) -> Tensor:
+    """Keys or values of some rows for all of the batch; what the others get is closed to them."""
+    return t if index is None else t.new_zeros(key.shape[0], *t.shape[1:]).index_copy(0, index, t)
+
+
+def _closed(module: nn.Module, mask: Tensor | None, index: Tensor, key: Tensor, length: int) -> Tensor:
+    """The mask with the first `length` columns closed in the rows that are not of `index`.
+
+    Shapes: mask (B or 1, ..., length + S) or None; index (N); result (B, ..., length + S).
+    """
+    others = torch.ones(key.shape[0], dtype=torch.bool, device=key.device).index_fill(0, index, False)
+    if mask is None:
+        added = module.config._attn_implementation == PREFIX + "eager"  # type: ignore[union-attr]
+        kind = {"dtype": key.dtype if added else torch.bool, "device": key.device}
+        mask = torch.full((1, 1, 1, length + key.shape[2]), 0 if added else True, **kind)
+    mask = mask.expand(key.shape[0], *mask.shape[1:])
+    shut = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.cat([mask[..., :length].masked_fill(others[:, None, None, None], shut), mask[..., length:]], -1)
 
 
 def _mask(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, length: int,

@@ -11,13 +11,14 @@ from slimtune.core.delta import Delta
 from slimtune.core.deltafile import read_delta
 from slimtune.core.fingerprint import fingerprint
 from slimtune.core.insert import CHILD, Root
+from slimtune.core.labels import Labels
 from slimtune.core.mask import unpacked
 from slimtune.core.method import Method, from_config
 from slimtune.core.unfreeze import base_parameters, restore
 from slimtune.errors import DeltaError, SlimtuneError
 
 
-def load_delta(model: nn.Module, folder: Path | str, name: str | None = None) -> Delta:
+def load_delta(model: nn.Module, folder: Path | str, name: str | None = None, labels: Labels = "model") -> Delta:
     """The delta of one of our folders, on the model it was made for, active.
 
     Errors: DeltaError for a folder that does not verify, another base, or tensors that do not fit.
@@ -30,7 +31,7 @@ def load_delta(model: nn.Module, folder: Path | str, name: str | None = None) ->
         tensors, masks = unpacked(tensors, info.get("masks"))
         state = _values(model, info, tensors, masks)
         delta = attach(model, _methods(info, folder), name or str(info.get("name") or "default"),
-                       seed=int(info.get("seed", 0)), anatomy=anatomy, state=state)
+                       seed=int(info.get("seed", 0)), anatomy=anatomy, state=state, labels=labels)
         _mask(delta, masks)
     except DeltaError as error:
         raise DeltaError(f"{folder}: {error.what}", *error.more) from None
@@ -70,6 +71,8 @@ def _check_base(model: nn.Module, anatomy: Anatomy, info: Mapping[str, Any], fol
 
 
 def _mask(delta: Delta, masks: Mapping[str, Tensor]) -> None:
+    if not masks:
+        return
     try:
         delta.set_masks(masks)
     except DeltaError:

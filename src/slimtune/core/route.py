@@ -3,8 +3,9 @@
     y_i <- f(x_i, y_i; theta_{task(i)})
 
 The parameters of the deltas that a batch names are stacked, and a row is taken for each example; then the method
-runs once, with an example axis. Deltas of other methods share the batch where both add to outputs: each method runs
-once, on its examples. A tensor of the backbone or head that tasks own is one of each example's own, by vmap.
+runs once, with an example axis. Deltas of other methods share the batch where both add to outputs, or to keys and
+values: each method runs once, on its examples. A tensor of the backbone or head that tasks own is one of each
+example's own, by vmap. Tasks may have other numbers of labels (see labels.py).
 
 A route belongs to its thread and holds what it was opened with, so a delta that is added, replaced or detached
 meanwhile changes no answer of it.
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.delta import Delta
+from slimtune.core.disentangled import each_bias
+from slimtune.core.eager import EAGER
 from slimtune.core.examples import batch_size, forwards, with_tensors
-from slimtune.core.insert import CHILD, LOCK, Insert, Root, Slot, thread
+from slimtune.core.insert import CHILD, LOCK, Insert, Root, Slot, hook_with, thread, unhook
+from slimtune.core.labels import losses, masked, stacked
 from slimtune.core.sites import join
 from slimtune.core.switch import deltas
+from slimtune.core.unfreeze import base_modules
 from slimtune.errors import DeltaError, MethodError, listing, suggest
 
 ADDS = ("output", "input", "checkpoint")
-"""Kinds of slots that may stand in a batch beside other methods, or beside the plain backbone."""
+"""Kinds of slots that may stand in a batch beside other methods, or beside the plain backbone; so may keys and values
+that are made of their own parameters alone."""
 
 
 class Route:
@@ -43,6 +49,7 @@ class Route:
         self.slots: dict[int, list[tuple[str, Slot]]] = {}
         self.owned: dict[tuple[int, str], Callable[..., Any]] = {}
         self.hosts: dict[tuple[int, str], nn.Module] = {}
+        self.widths: list[int] = []
         chosen = [None if name is None else found[name] for name in tasks]
         groups: dict[str, list[int]] = {}
         for row, delta in enumerate(chosen):
@@ -51,6 +58,8 @@ class Route:
         for number, rows in enumerate(groups.values()):
             self._group(number, [chosen[r] for r in rows], rows, groups)  # type: ignore[misc]
         self._own(model, chosen)
+        for module, name, function in each_bias(base_modules(model)) if self.slots else ():
+            self.owned[id(module), name], self.hosts[id(module), name] = function, module
 
     def _group(self, number: int, own: list[Delta], rows: list[int], groups: dict[str, list[int]]) -> None:
         """Slots of one method for its examples."""
@@ -60,14 +69,14 @@ class Route:
         take = [distinct.index(d) for d in own]
         shared = {key: _stacked([d.shared[key] for d in distinct], take) for key in lead.shared}
         for position, (_, slot) in enumerate(lead.slots):
-            if index is not None and slot.kind not in ADDS:
+            if index is not None and slot.kind not in ADDS and (slot.kind != "kv" or slot.relative):
                 raise MethodError(f"{type(slot.method).__name__} does not add to a module's output, so it cannot share "
                                   f"a batch with other methods or the plain backbone ({len(groups)} methods, "
                                   f"{self.size} examples).", "Call the model once for each method's examples.")
             made = Slot(slot.method, slot.site, slot.kind, slot.label, shared.get(slot.label.rpartition(".")[2]))
             values = _stacked([d.slots[position][1] for d in distinct], take)
             made.__dict__.update(causal=slot.causal, relative=slot.relative, training=slot.training, rows=len(rows),
-                                 all=self.size, index=index, _parameters=values._parameters)
+                                 all=self.size, index=index, _parameters=values._parameters, each=values.each)
             self.slots.setdefault(id(slot.home), []).append((f"route{number}", made))
 
     def _own(self, model: nn.Module, chosen: Sequence[Delta | None]) -> None:
@@ -75,20 +84,30 @@ class Route:
         values = {id(d): {own.path: own.value for own in d.owned} for d in chosen if d is not None}
         apart: dict[int, dict[str, Tensor]] = {}
         alike: dict[int, tuple[nn.Module, dict[str, Tensor]]] = {}
+        widths: dict[int, list[int]] = {}
         for key, (module, names) in _places(model).items():
             rows = {n: [base if d is None else values[id(d)].get(path, base) for d in chosen]
                     for n, (path, base) in names.items()}
+            if any(v.shape != names[n][1].shape for n, row in rows.items() for v in row):  # other labels
+                widths[key] = [v.shape[0] for v in next(iter(rows.values()))]
             if all(v is row[0] for row in rows.values() for v in row):
                 alike[key] = module, {n: row[0] for n, row in rows.items()}
             else:
-                apart[key] = {n: torch.stack(row) for n, row in rows.items()}
+                apart[key] = {n: stacked(row) for n, row in rows.items()}
         inside: set[int] = set()
         for module, name, function in forwards(model, apart, self.size):
+            if id(module) in widths:
+                self.widths = widths.pop(id(module))
+                function = masked(function, self.widths)
             self.owned[id(module), name], self.hosts[id(module), name] = function, module
             inside |= {id(m) for m in module.modules()}
         for key, (module, tensors) in alike.items():
             if key not in inside:
+                self.widths = widths.pop(key, self.widths)
                 self._keep(module, tensors)
+        if widths:
+            raise MethodError("tasks of this route have other numbers of labels, and train what is around the head.",
+                              "Call the model once for each number of labels.")
 
     def _keep(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
         self.owned[id(module), "forward"], self.hosts[id(module), "forward"] = with_tensors(module, tensors), module
@@ -99,6 +118,17 @@ class Route:
             self._keep(module, names)
             _dispatch(root, module, "forward")
 
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each example, by its own task's labels, (B).
+
+            L_i = mean over scored tokens t of -log softmax(z_it)[y_it];    of a task with one label, (z_it - y_it)^2
+
+        A model counts its own labels, so where tasks have others it is called without, and this is the loss.
+        Shapes: logits (B, K) and labels (B), or logits (B, T, K) and labels (B, T), of which -100 is not scored.
+        Errors: DeltaError for other shapes, or a label that the example's task does not have.
+        """
+        return losses(logits, labels, self.widths or [logits.shape[-1]] * self.size)
+
     def at(self, insert: Insert, kind: str) -> list[tuple[str, Slot]]:
         return [(name, slot) for name, slot in self.slots.get(id(insert), ()) if slot.kind == kind]
 
@@ -107,33 +137,36 @@ def _places(model: nn.Module) -> dict[int, tuple[nn.Module, dict[str, tuple[str,
     """Every module with a tensor that some delta owns, or of a head: by id, with the base's tensors and their paths."""
     root: Root = model._modules[CHILD]  # type: ignore[assignment]
     found: dict[int, tuple[nn.Module, dict[str, tuple[str, Tensor]]]] = {}
+    seen: set[str] = set()
     for delta in list(root.deltas.values()):
         for own in delta.owned:
-            for module, name in own.places:
-                found.setdefault(id(module), (module, {}))[1][name] = (own.path, own.base)
+            if own.path not in seen:  # most deltas own the same ones
+                seen.add(own.path)
+                for module, name in own.places:
+                    found.setdefault(id(module), (module, {}))[1][name] = (own.path, own.base)
     for head in root.anatomy.heads if root.anatomy is not None else ():
-        for path, module in model.get_submodule(head).named_modules():
-            if CHILD not in path.split("."):
-                for name, p in module._parameters.items():
-                    if p is not None:
-                        found.setdefault(id(module), (module, {}))[1].setdefault(name, (join(head, path, name), p))
+        for path, module in base_modules(model.get_submodule(head)):
+            for name, p in module._parameters.items():
+                if p is not None:
+                    found.setdefault(id(module), (module, {}))[1].setdefault(name, (join(head, path, name), p))
     return found
 
 
 def _stacked(modules: Sequence[nn.Module], take: Sequence[int]) -> nn.Module:
-    """A module whose trained tensors are those of the modules, a row for each example; constants are the first's."""
+    """A module whose trained tensors are those of the modules, a row for each example.
+
+    Constants are the first one's where all have the same; otherwise a row for each example too, named in `each`.
+    """
     made = nn.Module()
+    made.__dict__["each"] = each = []
     for name, p in modules[0]._parameters.items():
         if p is None:
             continue
-        values = [m._parameters[name] for m in modules]
-        if not p.is_floating_point():
-            if any(not torch.equal(p, v) for v in values[1:] if v is not None):
-                raise MethodError(f"the deltas have their own '{name}', a constant of each, and cannot share a batch.",
-                                  "Call the model once for each of them.")
-            made.__dict__["_parameters"][name] = p
-        else:
-            made.__dict__["_parameters"][name] = torch.stack([values[i] for i in take])  # type: ignore[misc]
+        values: list[Tensor] = [m._parameters[name] for m in modules]  # type: ignore[misc]
+        alike = not p.is_floating_point() and all(torch.equal(p, v) for v in values[1:])
+        if not alike and not p.is_floating_point():
+            each.append(name)
+        made.__dict__["_parameters"][name] = p if alike else torch.stack([values[i] for i in take])
     return made
 
 
@@ -143,6 +176,9 @@ def route(model: nn.Module, tasks: Sequence[str | None]) -> Iterator[Route]:
 
     For inference, training and `generate`, where beams repeat their example. Gradients reach each delta's own
     parameters. Only this thread is routed. In training, open a new route for each step: it reads the values once.
+    Where tasks have other numbers of labels (`load(..., labels="own")`), logits are as wide as the most, and a label
+    that a task does not have is the dtype's least number; the loss is then `run.losses(logits, labels)`, of
+    `with route(...) as run`. While a route is open, compiled models run uncompiled.
 
     Errors: DeltaError for an unknown task, or another number of tasks than examples; MethodError where methods
     cannot share a batch: it says which.
@@ -163,7 +199,8 @@ def route(model: nn.Module, tasks: Sequence[str | None]) -> Iterator[Route]:
         raise DeltaError("this thread has a route open on this model already.", "Close it first.")
     with LOCK:
         found = Route(model, tasks)
-        handle = model.register_forward_pre_hook(lambda m, a, k: _check(root, found, a, k), with_kwargs=True)
+        EAGER.begin()
+        hook_with(model, _check, pre=True)
         root.plan.routes[thread()] = found
         for (_, name), module in found.hosts.items():
             _dispatch(root, module, name)
@@ -171,8 +208,10 @@ def route(model: nn.Module, tasks: Sequence[str | None]) -> Iterator[Route]:
         yield found
     finally:
         with LOCK:
-            handle.remove()
+            EAGER.end()
             del root.plan.routes[thread()]
+            if not root.plan.routes:
+                unhook(model, (_check,))
             for (_, name), module in found.hosts.items():
                 _undispatch(module, name)
             waiting, root.leaving = (root.leaving, []) if not root.plan.routes else ([], root.leaving)
@@ -180,8 +219,11 @@ def route(model: nn.Module, tasks: Sequence[str | None]) -> Iterator[Route]:
                 leave()
 
 
-def _check(root: Root, own: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if root.plan.routes.get(thread()) is not own:
+def _check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    """Before the model's forward: as many examples as tasks. Without kwargs it is called while it comes off."""
+    root = model._modules.get(CHILD)
+    own: Route | None = root.plan.routes.get(thread()) if isinstance(root, Root) else None
+    if own is None or kwargs is None:
         return
     rows = batch_size(args, kwargs)
     if rows % own.size:

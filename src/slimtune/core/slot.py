@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.bound import Bound, cast
+from slimtune.core.disentangled import spread
 from slimtune.core.sites import Site
 from slimtune.errors import MethodError
 
@@ -15,8 +16,8 @@ class Slot(nn.Module):
     kind: which hook runs it: "output", "input", "kv", "prompt", "ladder", ...
     label: its name of state, `<site>.<method>`; causal: its tower's (see Tower);
     relative: modules of the backbone that it runs beside its host (see positions.py and promptkeys.py).
-    rows: examples for which its tensors carry a value each; index: which of `all` examples these are, where not all;
-    home: its insert.
+    rows: examples for which its tensors carry a value each, constants where `each` names them; index: which of `all`
+    examples these are, where not all; home: its insert.
     """
 
     method: Any
@@ -43,8 +44,9 @@ class Slot(nn.Module):
         for module in (*self._shared, self):
             values |= {k: cast(v, like.dtype) for k, v in module._parameters.items() if v is not None}
             if self.rows not in (None, like.shape[0]):
+                each = module.__dict__.get("each", ())
                 values |= {k: self._rows(values[k], like) for k, v in module._parameters.items()
-                           if v is not None and v.is_floating_point()}
+                           if v is not None and (v.is_floating_point() or k in each)}
         return Bound(values, self.site, self.training, host)
 
     def _rows(self, value: Tensor, like: Tensor) -> Tensor:
@@ -57,10 +59,16 @@ class Slot(nn.Module):
 
     def run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y with this slot's method applied: to its examples, and to its slice where the projection is fused."""
-        if self.index is None:
-            return self._run(host, x, y)
-        index = self.index if self.all == y.shape[0] else _pieces(self.index, y.shape[0] // self.all)
-        return y.index_copy(0, index, self._run(host, x[index], y[index]))
+        if self.rows is not None and y.shape[0] == 1 and (wide := spread(y)) is not y:
+            x, y = spread(x), wide.clone()
+        index = self.chosen(y.shape[0])
+        return self._run(host, x, y) if index is None else y.index_copy(0, index, self._run(host, x[index], y[index]))
+
+    def chosen(self, rows: int) -> Tensor | None:
+        """Which rows of a batch are its own; None for all."""
+        if self.index is None or self.all == rows:
+            return self.index
+        return _pieces(self.index, rows // self.all)
 
     def _run(self, host: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         p = self.bind(y, host)

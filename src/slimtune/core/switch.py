@@ -10,6 +10,7 @@ from torch import nn
 from slimtune.core import blocktokens, insert, pixels, positions, promptkeys, quiet, reentrant, side, tokens, windows
 from slimtune.core.insert import CHILD, LOCK, Insert, Root
 from slimtune.core.keyvalues import unwrap
+from slimtune.core.labels import refuse_labels
 from slimtune.core.unfreeze import base_parameters
 from slimtune.errors import DeltaError, MethodError, listing, suggest
 
@@ -30,24 +31,29 @@ def strip(root: Root, name: str, hosts: Sequence[nn.Module]) -> None:
     root.shared._modules.pop(name, None)
 
 
-def leave(model: nn.Module, name: str, hosts: Sequence[nn.Module], attention: bool) -> None:
+def leave(root: Root, model: nn.Module, name: str, hosts: Sequence[nn.Module], attention: bool) -> None:
     """Take off what a detached delta left; when no thread has a route open, for those still need its hooks."""
-    root: Root = model._modules[CHILD]  # type: ignore[assignment]
     if root.plan.routes:
         old = f"{name}~{len(root.leaving)}"  # the name is free for another delta
         for insert in {id(i): i for h in hosts if isinstance(i := h._modules.get(CHILD), Insert)}.values():
             insert.rename(name, old)
         if name in root.shared._modules:
             root.shared._modules[old] = root.shared._modules.pop(name)
-        root.leaving.append(partial(leave, model, old, hosts, attention))
+        root.leaving.append(partial(leave, root, model, old, hosts, attention))
         return
     strip(root, name, hosts)
     if not root.deltas:
-        for path, p in base_parameters(model).items():
-            p.requires_grad_(root.required.get(path, True))
-        model._modules.pop(CHILD, None)
+        thaw(model, root)
     if attention:
         release(root, hosts)
+
+
+def thaw(model: nn.Module, root: Root) -> None:
+    """The model as it was before the first delta: no child, no hook, and what was trainable is so again."""
+    for path, p in base_parameters(model).items():
+        p.requires_grad_(root.required.get(path, True))
+    insert.unhook(model, (refuse_labels,))
+    model._modules.pop(CHILD, None)
 
 
 def release(root: Root, hosts: Iterable[nn.Module]) -> None:

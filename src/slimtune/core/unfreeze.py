@@ -64,7 +64,7 @@ class Unfreeze(Method):
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The backbone's and head's own modules with their paths, each once; a walk that attached deltas do not lengthen."""
+    """The backbone's and head's own modules with their paths, each once; as fast with a thousand deltas as without."""
     seen: set[int] = set()
     waiting = [("", model)]
     while waiting:
