@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from slimtune.core import deltafile
 from slimtune.core.deltafile import FORMAT_VERSION, MAX_TENSORS, read_delta, write_delta
+from slimtune.core.mask import unpacked
 from slimtune.errors import DeltaError
 from slimtune.testing.kill import failing_io, kill_points, run_killed, run_killed_after
 from slimtune.testing.tamper import edit_manifest, edit_tensors, resign
@@ -126,6 +127,11 @@ def test_golden_files_load():
     assert torch.equal(tensors["q.A"], torch.arange(6.0).reshape(2, 3) / 8)
     assert torch.equal(tensors["mask"], torch.tensor([1, 128, 255], dtype=torch.uint8))
     assert torch.equal(tensors["scale"], torch.tensor(0.5, dtype=torch.bfloat16))
+    info, tensors = read_delta(folders[1])
+    values, masks = unpacked(tensors, info["masks"])
+    assert values["q.A"].tolist() == [[1.0, 0.0, 0.5], [0.0, 0.0, -2.0]]
+    assert masks["q.A"].tolist() == [[True, False, True], [False, False, True]]
+    assert masks["own.q.weight"].tolist() == [[False, True], [True, True]]
 
 
 def test_format_on_disk(folder: Path):
@@ -208,8 +214,8 @@ def test_tensors_told_by_name_though_hashes_are_right(folder: Path, change, says
 def test_messages(folder: Path, tmp_path: Path):
     with pytest.raises(DeltaError, match=r"dd: no such folder\.\n  Deltas beside it: d\.\n  Did you mean 'd'\?"):
         read_delta(tmp_path / "dd")
-    edit_manifest(folder, lambda m: m.update(format_version=2, slimtune="9.9"), sealed=False)
-    with pytest.raises(DeltaError, match=r"written by a newer slimtune \(9\.9\).* up to 1\.\n  Upgrade"):
+    edit_manifest(folder, lambda m: m.update(format_version=3, slimtune="9.9"), sealed=False)
+    with pytest.raises(DeltaError, match=r"written by a newer slimtune \(9\.9\).* up to 2\.\n  Upgrade"):
         read_delta(folder)
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
