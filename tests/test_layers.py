@@ -11,7 +11,8 @@ LAYERS = [{"errors"}, {"core"}, {"methods", "sparsity"}, {"objectives", "privacy
           {"search", "compress"}, {"recipe"}, {"bench"}, {"report", "serve"}, {"cli"}]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 FILES = sorted(SRC.rglob("*.py"))
-HEAVY = {"transformers", "datasets", "sklearn", "pyarrow", "peft", "adapters", "accelerate", "pandas", "opacus"}
+HEAVY = {"transformers", "datasets", "sklearn", "pyarrow", "peft", "adapters", "accelerate", "pandas", "opacus", "onnx",
+         "onnxscript", "onnxruntime", "openvino"}
 
 
 def layer(path: Path) -> str:

@@ -7,6 +7,7 @@ from slimtune.errors import MethodError
 from slimtune.sparsity.budget import Budget
 from slimtune.sparsity.criterion import Criterion
 from slimtune.sparsity.prune import prune
+from slimtune.sparsity.random import Random
 from slimtune.sparsity.target import targets
 from slimtune.testing import batch, tiny
 
@@ -50,15 +51,27 @@ def test_prune_twice():
     assert [entry["kept"] for entry in delta.info["sparsity"]] == [615, 308, 308]
 
 
-@pytest.mark.parametrize("granularity", ["row", "column", {"name": "block", "rows": 4, "columns": 4}, "whole"])
+class Below(Random):
+    """Scores that are all below 0, so that a dead weight's 0 would be the best."""
+
+    def score(self, view):
+        return {name: s - 1 for name, s in super().score(view).items()}
+
+
+@pytest.mark.parametrize("granularity", ["element", "row", "column", {"name": "block", "rows": 4, "columns": 4},
+                                         "whole"])
 def test_dead_units_stay_dead(granularity):
-    delta = st.attach(tiny("bert"), st.methods.LoRA(rank=2))
-    prune(delta, 0.4, "random", on="base", granularity=granularity, seed=1)
+    """By a signed criterion, to less and to more."""
+    delta, whole = st.attach(tiny("bert"), st.methods.LoRA(rank=2)), granularity == "whole"
+    options = {"on": "base", "granularity": granularity, "allocation": "global" if whole else "uniform"}
+    found = prune(delta, 0.4, Below(), seed=1, **options)
     first = dict(delta.masks)
-    prune(delta, 0.6, "random", on="base", granularity=granularity, seed=2)
-    total = sum(m.numel() for m in first.values())
-    assert all((delta.masks[n] <= first[n]).all() for n in first)
-    assert zeros(delta) / total == pytest.approx(0.6, abs=0.1)
+    assert prune(delta, 0.2, Below(), seed=2, **options).kept == found.kept
+    assert all(torch.equal(delta.masks[n], m) for n, m in first.items())
+    prune(delta, 0.6, Below(), seed=3, **options)
+    assert all((delta.masks[n] <= m).all() for n, m in first.items())
+    gone = [float((~m).float().mean()) for m in delta.masks.values()]
+    assert gone.count(1.0) == int(0.6 * 12) if whole else gone == pytest.approx([0.6] * 12, abs=0.04)
 
 
 def test_scores_that_cannot_be_ranked_change_nothing():
@@ -119,10 +132,11 @@ def test_the_model_and_its_generators_are_left_as_they_were():
     torch.manual_seed(1)
     wanted = torch.rand(1)
     torch.manual_seed(1)
-    prune(delta, 0.5, "snip", batches=[batch("bert")])
+    prune(delta, 0.5, "snip", on="both", batches=[batch("bert")])
     assert torch.equal(torch.rand(1), wanted)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
+    assert not any(own.base.requires_grad for own in delta.owned if own.group == "pruned")
     assert [p.requires_grad for p in model.bert.parameters() if p.dim() > 1].count(True) == 4  # the adapters'
 
 
