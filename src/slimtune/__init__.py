@@ -21,10 +21,11 @@ from slimtune.io.load import load
 from slimtune.io.model_folder import save_model
 from slimtune.io.models import load_model
 from slimtune.sparsity.macs import count_macs
+from slimtune.sparsity.prune import prune
 from slimtune.sparsity.shrink import shrink
 
 __version__ = "0.1.0"
 
 __all__ = ["Anatomy", "Count", "Delta", "Method", "Site", "SlimtuneError", "TowerSpec", "activate", "attach", "average",
-           "count_macs", "deltas", "dissect", "load", "load_model", "methods", "per_example", "register", "route",
+           "count_macs", "deltas", "dissect", "load", "load_model", "methods", "per_example", "prune", "register", "route",
            "save_model", "shrink"]
