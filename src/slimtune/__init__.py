@@ -27,5 +27,5 @@ from slimtune.sparsity.shrink import shrink
 __version__ = "0.1.0"
 
 __all__ = ["Anatomy", "Count", "Delta", "Method", "Site", "SlimtuneError", "TowerSpec", "activate", "attach", "average",
-           "count_macs", "deltas", "dissect", "load", "load_model", "methods", "per_example", "prune", "register", "route",
-           "save_model", "shrink"]
+           "count_macs", "deltas", "dissect", "load", "load_model", "methods", "per_example", "prune", "register",
+           "route", "save_model", "shrink"]

@@ -42,9 +42,9 @@ def example_losses(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if labels.dim() != 2 or logits.dim() != 3 or logits.shape[1] != labels.shape[1]:
         raise _refused(model, f"has logits of {tuple(logits.shape)} for labels of {tuple(labels.shape)}")
     if not decodes and getattr(getattr(model, "loss_function", None), "__name__", "") == "ForCausalLMLoss":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    each = F.cross_entropy(logits.mT, labels, reduction="none", ignore_index=IGNORED)
-    return each.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)    # and not logits[:, :-1], which would be copied
+    each = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return each.view(labels.shape).sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
 
 
 def _of_numbers(model: Any, outputs: Tensor, labels: Tensor) -> Tensor:
