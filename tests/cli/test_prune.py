@@ -38,6 +38,15 @@ def test_heads_and_neurons_are_pruned_trained_and_sliced_out(cli, recipe, tmp_pa
     assert again.exit_code == 0, again.output
 
 
+def test_a_layer_may_lose_all_its_heads(cli, recipe, tmp_path):
+    """No gradient reaches its projections any more, and that is no mistake."""
+    gates = {"sparsity": 0.5, "on": "gates", "granularity": "whole", "allocation": "global"}
+    done = cli("prune", recipe(method=[{"name": "full"}, {"name": "gates"}], prune=gates, train=TRAIN | {"steps": 4}))
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "run" / "shrunk.json").read_text())
+    assert 0 in (*told["heads"].values(), *told["neurons"].values())
+
+
 def test_a_run_teaches(cli, recipe, shelf, tmp_path):
     assert cli("tune", recipe(train=TRAIN, output=str(tmp_path / "dense"))).exit_code == 0
     with (shelf / "train.csv").open() as old, (tmp_path / "wrong.csv").open("w", newline="") as new:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from slimtune.core import Delta, Site
+from slimtune.core.method import key_of
 from slimtune.sparsity.target import Target
 
+OUT = ("attn.o", "mlp.down")
 PARTS = {"attn.heads": ("attn.q", "attn.k", "attn.v", "attn.o"), "mlp.act": ("mlp.up", "mlp.gate", "mlp.down")}
 
 
@@ -23,9 +25,22 @@ def tied(delta: Delta, gate: Target) -> list[Site]:
             and s.role in PARTS[at.role]]
 
 
+def silenced(delta: Delta) -> dict[str, str]:
+    """Names of the backbone's tensors that no gradient reaches, because every gate behind them is pruned; and why."""
+    found = {}
+    for _, slot in delta.slots:
+        if key_of(type(slot.method)) == "gates":
+            mask = delta.masks.get(f"{slot.label}.c")
+            if mask is not None and not bool(mask.any()):
+                gate = Target(slot.label, next(iter(slot.parameters())), (slot.site,))
+                found |= {f"own.{site.path}.{part}": f"all of {slot.site.name} is pruned" for site in tied(delta, gate)
+                          for part in ("weight", "bias") if part == "weight" or site.role not in OUT}
+    return found
+
+
 def of_units(site: Site, values: Tensor, units: int) -> Tensor:
     """A site's values (d_out, d_in), summed over what belongs to each of the units. Shapes: result (units,)."""
-    if site.role in ("attn.o", "mlp.down"):
+    if site.role in OUT:
         values = values.mT
     return values.reshape(units, -1).sum(1)
 
@@ -56,7 +71,7 @@ def costs(delta: Delta, gates: Mapping[str, Target], unit: str, tokens: int) -> 
         sites = tied(delta, gate)
         weights = sum(s.d_in * s.d_out for s in sites) / units
         if unit == "params":
-            biases = sum(s.d_out for s in sites if s.role not in ("attn.o", "mlp.down") and _has_bias(delta, s))
+            biases = sum(s.d_out for s in sites if s.role not in OUT and _has_bias(delta, s))
             found[name] = weights + biases / units
         else:
             core = 2 * tokens**2 * gate.sites[0].d_in / units if gate.sites[0].role == "attn.heads" else 0.0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slimtune.core.delta import Delta
 from slimtune.errors import SlimtuneError, TrainError, listing
+from slimtune.sparsity.structure import silenced
 from slimtune.train.checkpoint import last_checkpoint
 
 log = logging.getLogger("slimtune")
@@ -43,7 +44,7 @@ class Guard:
         """Start to watch: at step 0 of a run."""
         self.waiting = dict(self.delta.named_parameters())
         dead = [name for name, mask in self.delta.masks.items() if not bool(mask.any())]
-        self.exempt = {**self.delta.resting(), **dict.fromkeys(dead, "nothing of it lives")}
+        self.exempt = {**self.delta.resting(), **silenced(self.delta), **dict.fromkeys(dead, "nothing of it lives")}
         self.waiting = {name: p for name, p in self.waiting.items() if name not in self.exempt}
         self.seen = set()
         for why in sorted(set(self.exempt.values())):
