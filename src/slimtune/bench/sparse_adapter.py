@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import nn
 
-from slimtune.bench.sparse_adapter_page import page
+from slimtune.bench.sparse_adapter_page import NONE, page
 from slimtune.core import attach
 from slimtune.data import DataSpec, metrics, prepare
 from slimtune.data.examples import Prepared
 from slimtune.io.models import load_model, load_tokenizer
-from slimtune.methods import Houlsby
+from slimtune.methods import Houlsby, LinearProbe
 from slimtune.recipe.env import environment
 from slimtune.recipe.folder import write_json, write_text
 from slimtune.sparsity.prune import prune
@@ -40,7 +40,7 @@ BUDGET = TrainSpec(epochs=6, batch_size=32, learning_rate=3e-3, weight_decay=0.0
 
 @dataclass(frozen=True)
 class Arm:
-    """One adapter: how wide, by which criterion and allocation it is pruned, and how much of it."""
+    """One adapter: how wide, by which criterion and allocation it is pruned, and how much of it; 0 times for none."""
 
     criterion: str = "dense"
     sparsity: float = 0.0
@@ -49,11 +49,13 @@ class Arm:
 
     @property
     def title(self) -> str:
+        if not self.times:
+            return NONE
         name = "ER" if self.allocation == "er" else self.criterion
         return f"{self.times}x {name}" + (f" {self.sparsity:.0%}" if self.sparsity else "")
 
 
-ARMS = [Arm(), *(Arm("snip", s) for s in (0.2, 0.4, 0.6, 0.8, 0.9)),
+ARMS = [Arm(times=0), Arm(), *(Arm("snip", s) for s in (0.2, 0.4, 0.6, 0.8, 0.9)),
         *(Arm(c, 0.4) for c in ("magnitude", "random", "grasp")), Arm("random", 0.4, allocation="er"),
         *(Arm("snip", s, times) for times, s in ((2, 1 / 2), (3, 2 / 3), (4, 3 / 4)))]
 
@@ -77,7 +79,8 @@ def learn(arm: Arm, ground: Ground, seed: int) -> dict[str, Any]:
     """Prune at the start, train in the budget, and score on test."""
     start, data = time.monotonic(), ground.data
     assert data.train is not None
-    delta = attach(ground.model, Houlsby(bottleneck=BOTTLENECK * arm.times, pooler=True), "sparse", seed=seed)
+    method = Houlsby(bottleneck=BOTTLENECK * arm.times, pooler=True) if arm.times else LinearProbe(pooler=True)
+    delta = attach(ground.model, method, "sparse", seed=seed)
     try:
         sizes = {"adapter": delta.count().adapter, "matrices": None, "kept": None}
         if arm.sparsity:

@@ -8,16 +8,19 @@ HEAD = """# SparseAdapter: adapters pruned before they are trained
 Made by `python -m slimtune.bench.sparse_adapter`; do not edit. Figures: `benchmarks/results/sparse_adapter.json`.
 
 Houlsby adapters of {b.bottleneck} units (1x) on MiniLM-L6, {shots} questions of each of the 77 intents of banking77,
-{test} test questions; {t[epochs]:g} epochs of batch {t[batch_size]}, AdamW at {t[learning_rate]:g} (head and pooler
-{t[head_learning_rate]:g}), {t[precision]} under autocast; the last step is scored. Scores of weights come from
-{scored} training questions. Only the down and up matrices are pruned, one threshold for all (`global`); the share is of
-those. Rates were set once for the dense adapter and are the same for all. Test accuracy in %, mean and standard
+{test} test questions; {t[epochs]:g} epochs of batch {t[batch_size]}, AdamW at {t[learning_rate]:g} (head and pooler,
+which all arms train, at {t[head_learning_rate]:g}), {t[precision]} under autocast; the last step is scored. Scores of
+weights come from {scored} training questions. Only the down and up matrices are pruned, one threshold for all
+(`global`); the share is of those. Rates were set once for the dense adapter and are the same for all.
+Test accuracy in %, mean and standard
 deviation over {seeds} seeds of new weights; the standard error of the test questions, which are the same for all, is
 about {error:.1f} points.
 
 | adapter | weights of the matrices that live | trained numbers | accuracy | against 1x dense, seed by seed |
 |---|---|---|---|---|
 """
+
+NONE = "head and pooler alone"
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -26,7 +29,7 @@ def page(found: Mapping[str, Any]) -> str:
     for cell in found["cells"].values():
         arms.setdefault(_title(cell), []).append(cell)
     dense = {c["seed"]: 100 * c["accuracy"] for c in arms.get("1x dense", [])}
-    rows = [_row(title, cells, dense) for title, cells in arms.items()]
+    rows = [_row(title, cells, dense) for title, cells in sorted(arms.items(), key=lambda arm: arm[0] != NONE)]
     budget = found["budget"]
     accuracy = mean(dense.values()) if dense else 50.0
     head = HEAD.format(b=_Get(budget), t=budget["train"], shots=budget["data"]["shots"],
@@ -43,6 +46,8 @@ class _Get:
 
 
 def _title(cell: Mapping[str, Any]) -> str:
+    if not cell["times"]:
+        return NONE
     name = "ER" if cell["allocation"] == "er" else cell["criterion"]
     return f"{cell['times']}x {name}" + (f" {cell['sparsity']:.0%}" if cell["sparsity"] else "")
 
@@ -58,7 +63,8 @@ def _spread(values: list[float], sign: str = "") -> str:
 def _row(title: str, cells: list[dict[str, Any]], dense: Mapping[int, float]) -> str:
     gains = _gains(cells, dense)
     kept = cells[0]["kept"]
-    return (f"| {title} | {'all' if kept is None else f'{kept:,}'} | {cells[0]['trainable']:,} | "
+    living = "none" if title == NONE else "all" if kept is None else f"{kept:,}"
+    return (f"| {title} | {living} | {cells[0]['trainable']:,} | "
             f"{_spread([100 * c['accuracy'] for c in cells])} | "
             f"{'' if title == '1x dense' else _spread(gains, '+') if gains else ''} |")
 
