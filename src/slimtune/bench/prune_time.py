@@ -19,15 +19,22 @@ FLOAT, INT8 = "model.onnx", "int8.onnx"
 
 def quantised(folders: Mapping[str, Path], batch: Mapping[str, Any],
               data: Prepared) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
-    """Write both graphs of each model beside it, and score the int8 one: (name, row, logits)."""
+    """Write both graphs of each model, and score the int8 one: (name, row, logits)."""
     for name, folder in folders.items():
-        proof = export_onnx(load_model(folder), folder / FLOAT, batch)
-        quantise_onnx(folder / FLOAT, folder / INT8)
-        logits = _logits(folder / INT8, data)
+        graphs = beside(folder)
+        graphs.mkdir(parents=True, exist_ok=True)
+        proof = export_onnx(load_model(folder), graphs / FLOAT, batch)
+        quantise_onnx(graphs / FLOAT, graphs / INT8)
+        logits = _logits(graphs / INT8, data)
         references = [row["labels"] for row in data.test or ()]
         row = dict(metrics("classification")(logits.numpy(), references))
-        yield name, {**row, "bytes": {f: (folder / f).stat().st_size for f in (FLOAT, INT8)},
+        yield name, {**row, "bytes": {f: (graphs / f).stat().st_size for f in (FLOAT, INT8)},
                      "difference_of_float32_graph": proof.difference}, logits
+
+
+def beside(folder: Path) -> Path:
+    """Where the graphs of a model are: its own folder holds nothing that it does not name."""
+    return folder.parent / "graphs" / folder.name
 
 
 def _logits(path: Path, data: Prepared) -> Tensor:
@@ -54,8 +61,8 @@ def contenders(folders: Mapping[str, Path], batch: dict[str, Tensor], threads: i
     for name, folder in folders.items():
         made[f"{name} torch"] = _torch(load_model(folder), batch)
         for kind, file in (("float32", FLOAT), ("int8", INT8)):
-            if (folder / file).is_file():
-                made[f"{name} onnxruntime {kind}"] = _onnx(open_onnx(folder / file, threads), batch)
+            if (graph := beside(folder) / file).is_file():
+                made[f"{name} onnxruntime {kind}"] = _onnx(open_onnx(graph, threads), batch)
     return made
 
 
