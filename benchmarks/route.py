@@ -6,7 +6,8 @@ BERT-base of 32 and 128 tokens and a decoding step of GPT-2 after 32 tokens, at 
 value (PEFT on GPT-2: on its fused projection), 64 examples, inference; 1000 deltas are attached. A batch has 1, 8 or 64
 tasks in turn, or 64 drawn anew from the 1000 each time; a route is opened for every call, and is in the time. A round
 takes each once, in random order, in one process; figures are ratios within a round, routed over one unrouted delta and
-PEFT's mixed batch over PEFT's one adapter, as median with the least and the most. PEFT has 64 adapters: adding one
+PEFT's mixed batch over PEFT's one adapter, and ours over PEFT's for the same batch (`ours_over_peft`), as median with
+the least and the most. PEFT has 64 adapters: adding one
 takes what `peft_add_ms` says, and more with each.
 
 `resident`, in a process of its own: what the process grows by, over the sum of the deltas' files, and what adding one
@@ -106,11 +107,14 @@ def measure(made: dict[str, Run], rounds: int, repeats: int) -> dict[str, Any]:
                     made[name]()
                 taken[name] = time.perf_counter() - start
             for name in made:
-                ratios[name].append(taken[name] / taken[f"{name.split()[0]} alone"])
+                library, count = name.split()
+                ratios[name].append(taken[name] / taken[f"{library} alone"])
+                if library == "ours" and f"peft {count}" in taken:
+                    ratios.setdefault(f"ours_over_peft {count}", []).append(taken[name] / taken[f"peft {count}"])
     found: dict[str, Any] = {}
     for name, values in ratios.items():
         library, count = name.split()
-        if count != "alone":
+        if count != "alone" or library == "ours_over_peft":
             found.setdefault(count, {})[library] = {"median": round(statistics.median(values), 3), "rounds": rounds,
                                                     "least": round(min(values), 3), "most": round(max(values), 3)}
     return found
