@@ -200,8 +200,10 @@ def test_a_penalty_is_added_behind_the_noise(monkeypatch):
 def test_a_tensor_without_a_gradient_for_each_example_is_an_error():
     delta = tried("lora")
     step = step_of(delta)
+
     def rows(size, names):
-        return {n: Rows(p.shape, [Whole(p.new_zeros(size, *p.shape))]) for n, p in delta.named_parameters() if n in names}
+        return {n: Rows(p.shape, [Whole(p.new_zeros(size, *p.shape))])
+                for n, p in delta.named_parameters() if n in names}
 
     first, *rest = (n for n, _ in delta.named_parameters())
     for bad in (rows(2, rest), rows(2, rest) | rows(1, [first])):
@@ -216,6 +218,36 @@ def test_a_tensor_without_a_gradient_for_each_example_is_an_error():
     finally:
         other.detach()
         delta.activate()
+
+
+def test_it_takes_one_forward_and_one_backward_pass(monkeypatch):
+    delta, calls = delta_of("gpt2", st.methods.Full()), []
+    real = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: (calls.append("backward"), real(*a, **k))[1])
+    delta.model.transformer.h[0].register_forward_pre_hook(lambda *_: calls.append("forward"))
+    step_of(delta, ledger(1.0)).add(texts(3, classes=False))
+    assert calls == ["forward", "backward"]
+
+
+def test_a_tensor_that_is_read_past_its_module_is_an_error():
+    """Such a use has one gradient for the batch, which nothing clips."""
+    delta = delta_of("bert", st.methods.Full())
+    word = delta.model.bert.embeddings.word_embeddings
+    delta.model.classifier.register_forward_hook(lambda m, a, y: y + 1e-3 * word.weight.sum())
+    with pytest.raises(DeltaError, match="beside those of its examples"):
+        step_of(delta).add(texts(3))
+
+
+def test_weight_decay_is_outside_of_what_is_clipped_and_noised():
+    """A step without examples and noise only decays."""
+    delta = delta_of("bert", st.methods.LoRA(rank=2))
+    before = {n: p.detach().clone() for n, p in delta.named_parameters()}
+    adamw = torch.optim.AdamW(delta.parameters(), lr=0.1, weight_decay=0.5)
+    step = step_of(delta, ledger(0.0, clip=1e-6), adamw)
+    step.begin()
+    step.finish(1)
+    adamw.step()
+    same(dict(delta.named_parameters()), {n: 0.95 * p for n, p in before.items()})
 
 
 def test_a_count_that_is_too_exact_for_sigma_is_refused():

@@ -5,7 +5,7 @@
     python -m slimtune.bench.private --page             # the table alone
 
 A cell is a run of recipes/private-sst2.yaml with another epsilon; without privacy it takes the same steps with the
-same draws, neither clipped nor noised. SST-2 is read from --data FOLDER, else SLIMTUNE_SST2, else where the recipe says.
+same draws, neither clipped nor noised. SST-2 is read from --data FOLDER, else SLIMTUNE_SST2, else as the recipe says.
 """
 import argparse
 import json

@@ -174,7 +174,7 @@ def keeping(module: nn.Module, trained: Mapping[str, Tensor], size: int, keep: K
                                module.normalized_shape, module.eps, (size, names, keep))
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, *own = (t if t is None else t.to(dtype) for t in (x, *own))  # type: ignore[assignment]
+            x, own = x.to(dtype), tuple(t if t is None else t.to(dtype) for t in own)  # type: ignore[assignment]
         # as a matrix, so that y is a view of a result that autograd knows, as F.linear's is: see low_rank_add
         y = _Linear.apply(x.reshape(-1, x.shape[-1]), *own, not isinstance(module, nn.Linear), (size, names, keep))
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -202,7 +202,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         size, names, keep = ctx.book
         dy = dy.contiguous()
@@ -227,7 +227,7 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         ids, = ctx.saved_tensors
         if ctx.padding is not None:
             dy = dy.masked_fill((ids == ctx.padding)[..., None], 0)
@@ -246,7 +246,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         x, mean, rstd, weight, bias = ctx.saved_tensors
         size, names, keep = ctx.book
         wide = torch.promote_types(dy.dtype, torch.float32)

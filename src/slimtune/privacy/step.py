@@ -101,8 +101,8 @@ class PrivateStep:
         """
         if self.group is not None:
             join(self.optimizer, self.group)
-        self.live = {name for name, p in self.named.items() if watch and p.summed_grad is not None
-                     and bool(p.summed_grad.any())}  # type: ignore[attr-defined]
+        sums = {name: getattr(p, "summed_grad", None) for name, p in self.named.items()} if watch else {}
+        self.live = {name for name, total in sums.items() if total is not None and bool(total.any())}
         rekey(self.optimizer.generator, self.secret, f"noise of step {step}")
         self._opacus(skip=False)
         extra = self.delta.penalty()
