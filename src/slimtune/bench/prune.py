@@ -32,7 +32,7 @@ from slimtune.data.examples import Prepared
 from slimtune.data.loyalty import label_loyalty, probability_loyalty
 from slimtune.io.model_folder import save_model
 from slimtune.io.models import load_model, load_tokenizer
-from slimtune.methods import Full, Gates
+from slimtune.methods import get
 from slimtune.objectives.distillation import Distillation, Teacher
 from slimtune.recipe.env import environment
 from slimtune.recipe.folder import write_json, write_text
@@ -110,7 +110,7 @@ class Bench:
         model = self.model(Arm("dense"))
         if arm.how == "torch-pruning":
             return torch_pruning(model, arm.level, self.batches(8, 8)[0], TOKENS)
-        delta = attach(model, Gates(head="none"), "gates")
+        delta = attach(model, get("gates")(head="none"), "gates")
         if arm.how == "fisher":
             prune(delta, arm.level, "fisher", on="gates", allocation=Budget(tokens=TOKENS),
                   batches=self.batches(SCORED))
@@ -120,7 +120,7 @@ class Bench:
         return model
 
     def _train(self, model: nn.Module, spec: TrainSpec, teacher: Teacher | None = None) -> None:
-        delta = attach(model, Full(), "full")
+        delta = attach(model, get("full")(), "full")
         with tempfile.TemporaryDirectory() as folder:
             fit(delta, self.data.train, None, self.data.collate, None, spec, folder, objective=teacher)
         shrink(model)  # nothing is gone: it leaves the trained weights in the model

@@ -30,11 +30,12 @@ def _at(model: nn.Module, ratio: float, batch: Mapping[str, Any]) -> nn.Module:
     small = copy.deepcopy(model).eval()
     anatomy = dissect(small)
     at = {site.path: site for site in anatomy.sites}
-    keep = [m for path, m in small.named_modules() if isinstance(m, nn.Linear | nn.Embedding | nn.LayerNorm)
-            and (path not in at or at[path].role in ("attn.o", "mlp.down"))]
+    kinds = nn.Linear | nn.Embedding | nn.LayerNorm
+    keep: list[nn.Module] = [m for path, m in small.named_modules() if isinstance(m, kinds) and (
+        path not in at or at[path].role in ("attn.o", "mlp.down"))]
     heads = {small.get_submodule(s.path): s.d_out // _width(anatomy, s) for s in anatomy.sites
              if s.role in ("attn.q", "attn.k", "attn.v")}
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs: Any = {key: value for key, value in batch.items() if key != "labels"}
     for p in small.parameters():
         p.requires_grad_(True)
     pruner = tp.pruner.BasePruner(
@@ -52,7 +53,7 @@ def _width(anatomy: Any, site: Any) -> int:
     return next(s.head_dim for s in anatomy.sites if s.role == "attn.heads" and s.block == site.block)
 
 
-def _settle(model: nn.Module, pruner: Any) -> None:
+def _settle(model: Any, pruner: Any) -> None:
     """The head counts that BERT's attention keeps, which Torch-Pruning leaves to its users."""
     for module in model.modules():
         if hasattr(module, "num_attention_heads") and hasattr(module, "query"):

@@ -23,7 +23,7 @@ from slimtune.core import attach
 from slimtune.data import DataSpec, metrics, prepare
 from slimtune.data.examples import Prepared
 from slimtune.io.models import load_model, load_tokenizer
-from slimtune.methods import Houlsby, LinearProbe
+from slimtune.methods import get
 from slimtune.recipe.env import environment
 from slimtune.recipe.folder import write_json, write_text
 from slimtune.sparsity.prune import prune
@@ -79,7 +79,8 @@ def learn(arm: Arm, ground: Ground, seed: int) -> dict[str, Any]:
     """Prune at the start, train in the budget, and score on test."""
     start, data = time.monotonic(), ground.data
     assert data.train is not None
-    method = Houlsby(bottleneck=BOTTLENECK * arm.times, pooler=True) if arm.times else LinearProbe(pooler=True)
+    method = get("houlsby")(bottleneck=BOTTLENECK * arm.times, pooler=True) if arm.times else (
+        get("linear_probe")(pooler=True))
     delta = attach(ground.model, method, "sparse", seed=seed)
     try:
         sizes = {"adapter": delta.count().adapter, "matrices": None, "kept": None}
