@@ -98,8 +98,8 @@ class Ours:
         return step
 
 
-def peak(make: Callable[[], Callable[[], object]]) -> float:
-    """MB that two steps take at most, above what was there before. Freed memory goes back to the system at once."""
+def peak(make: Callable[[], Callable[[], object]]) -> tuple[float, Callable[[], object]]:
+    """MB that two steps take at most, above what was there before; and the step. What is freed leaves the process."""
     libc = ctypes.CDLL(None)
     libc.mallopt(MMAP_THRESHOLD, 1 << 16)
     gc.collect()
@@ -109,11 +109,9 @@ def peak(make: Callable[[], Callable[[], object]]) -> float:
     step()
     step()
     found = memory.peak() - memory.start
-    del step
-    gc.collect()
     libc.mallopt(MMAP_THRESHOLD, 1 << 25)       # the C library's own default, at its largest
     libc.mallopt(TRIM_THRESHOLD, 1 << 28)
-    return found
+    return found, step
 
 
 def one(family: str, method: str, rounds: int, small: bool, peers: bool) -> dict[str, Any]:
@@ -139,14 +137,17 @@ def one(family: str, method: str, rounds: int, small: bool, peers: bool) -> dict
                 known.pop(key, None)
 
     for key, make in makes.items():
-        tried(key, lambda key=key, make=make: memory.update({key: peak(make)}))
+        tried(key, lambda key=key, make=make: _measure(key, make, memory, steps))
         ours.delta.model.zero_grad()
-    for key in list(memory):
-        tried(key, lambda key=key: steps.update({key: makes[key]()}))
     for i in range(rounds + 1):
         for key, step in list(steps.items()):
             tried(key, lambda key=key, step=step, i=i: _timed(step, times[key], i > 0))
     return {"trained": ours.trained, "wrong": wrong, "kinds": {key: _row(key, times, memory) for key in steps}}
+
+
+def _measure(key: str, make: Callable[[], Callable[[], object]], memory: dict[str, float],
+             steps: dict[str, Callable[[], object]]) -> None:
+    memory[key], steps[key] = peak(make)
 
 
 def _timed(step: Callable[[], object], times: list[float], kept: bool) -> None:

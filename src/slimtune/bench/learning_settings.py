@@ -45,6 +45,7 @@ SETTINGS: dict[str, Setting] = {
     "dsee": Setting(3e-3),
     "fact": Setting(3e-3),
     "full": Setting(1e-4, head=1e-4),
+    "gates": Setting(3e-2),
     "houlsby": Setting(3e-3),
     "ia3": Setting(3e-2),
     "intrinsic_dimension": Setting(3e-3),

@@ -139,7 +139,7 @@ class GroupLinear(nn.Module):
             self.register_buffer(f"columns_{i}", group.columns)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.new_zeros(*x.shape[:-1], self.out_features)
+        y = (x[..., :1] * 0).expand(*x.shape[:-1], self.out_features)  # of x, also where there is no group
         if self.bias is not None:
             y = y + self.bias
         for i, weight in enumerate(self.weights):

@@ -97,7 +97,7 @@ def manifests() -> Iterator[tuple[str, Edit]]:
     """Forged descriptions: format, table of files, JSON that is read in more than one way."""
     for value in ("slimtune", None, 1, ["slimtune-delta"]):
         yield f"format {value!r}", functools.partial(_set, "format", value)
-    for value in (2, 10**9, 0, -1, 1.0, "1", True, None, [1]):
+    for value in (3, 10**9, 0, -1, 1.0, "1", True, None, [1]):
         yield f"format version {value!r}", functools.partial(_set, "format_version", value)
     for value in ([], None, {}, {TENSORS: None}, {TENSORS: []}, "x"):
         yield f"files {value!r}", functools.partial(_set, "files", value)
