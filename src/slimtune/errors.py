@@ -53,11 +53,11 @@ class DataError(SlimtuneError):
 
 
 class ExtraError(SlimtuneError):
-    """An optional dependency that is not installed; names the extra that brings it."""
+    """An optional dependency that is not installed; names the extra that brings it, and more where that is not all."""
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    def __init__(self, package: str, extra: str, purpose: str, *more: str) -> None:
         super().__init__(f"{purpose} needs {package}, which is not installed.",
-                         f"Install it with: pip install 'slimtune[{extra}]'")
+                         f"Install it with: pip install 'slimtune[{extra}]'", *more)
 
 
 class TrainError(SlimtuneError):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.bench.learning import Ground, learn, read
+from slimtune.bench.learning import Ground, learn
 from slimtune.bench.learning_page import above, bar, page
 from slimtune.bench.learning_settings import PROBES, SETTINGS
-from slimtune.errors import MethodError, SlimtuneError
+from slimtune.errors import MethodError
 from slimtune.testing.tables import own
 
 ROOT = Path(__file__).parents[2]
@@ -39,13 +39,6 @@ def ground() -> Ground:
 @pytest.fixture(scope="module")
 def to_beat(ground: Ground) -> float:
     return bar({name: learn(name, ground) for name in PROBES})
-
-
-def test_results_of_another_budget_are_not_overwritten(tmp_path: Path):
-    other = tmp_path / "other.json"
-    other.write_text(json.dumps(FOUND | {"budget": {}}))
-    with pytest.raises(SlimtuneError, match="another budget"):
-        read(other)
 
 
 SCORED = [n for n in SETTINGS if n not in PROBES and "refused" not in RESULTS[n]]

@@ -1,9 +1,7 @@
 """The table of the private runs, and what its cells are runs of."""
-import json
-
 import pytest
 
-from slimtune.bench.private import LEVELS, budget, read, recipe_of
+from slimtune.bench.private import LEVELS, recipe_of
 from slimtune.bench.private_page import BEGIN, END, page
 
 CELL = {"macro_f1": 0.7, "delta": 1e-5, "train_loss": 0.5, "counts": {"adapter": 2304, "head": 770}, "steps": 60,
@@ -31,11 +29,3 @@ def test_the_cells_differ_in_what_is_promised_alone(level):
     assert one.pop("privacy") | {"epsilon": 0, "noise_multiplier": 0, "clip": 0} == other.pop("privacy") | {
         "epsilon": 0, "noise_multiplier": 0, "clip": 0}
     assert one == other
-
-
-def test_results_of_another_budget_are_not_kept(tmp_path):
-    path = tmp_path / "found.json"
-    path.write_text(json.dumps({"budget": budget(), "cells": {"8/0": CELL}}))
-    assert read(path)["cells"] == {"8/0": CELL}
-    path.write_text(json.dumps({"budget": budget() | {"max_length": 16}, "cells": {"8/0": CELL}}))
-    assert read(path)["cells"] == {}

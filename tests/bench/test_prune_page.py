@@ -28,6 +28,7 @@ def found() -> dict:
 def test_the_page_of_smaller_models():
     text, _ = page(found() | {"latency": {}})
     assert "| fisher-50 | 50,000 | 500,000 (50%) | 2.0 MB | 2.0 MB | 30.0 | 89.0 | 0.900 | 0.800 | 88.5 |" in text
+    assert "prune.svg" not in text
     assert points(found(), "1")[-1] == ("fisher", "fisher-50 onnxruntime int8", 7.25, 88.5)
 
 
@@ -37,7 +38,9 @@ def test_its_picture():
     drawn = picture(found())
     assert drawn.startswith("<?xml")
     assert "batch 1" in drawn
-    assert "| fisher-50 onnxruntime int8 | 2.00 (1.50 to 3.00) | 7.25 |" in page(found())[0]
+    text, _ = page(found(), "other.svg")
+    assert "| fisher-50 onnxruntime int8 | 2.00 (1.50 to 3.00) | 7.25 |" in text
+    assert "(other.svg)\n\nThe dashed line is 1 point below the dense model's accuracy" in text
 
 
 def test_the_page_of_sparse_adapters():

@@ -55,7 +55,8 @@ def test_results_of_another_setting_or_budget_are_not_kept(tmp_path, monkeypatch
     assert found["validation"] == {"LoRA": FOUND["validation"]["LoRA"], "full": {"cifar10": {}}}
     assert "| full | 0.001" not in vision_page.page(found, "")
     monkeypatch.setattr(vision, "SIZE", 112)
-    assert (vision.read(file)["cells"], vision.read(file)["validation"]) == ({}, {})
+    with pytest.raises(SlimtuneError, match="another budget: size"):
+        vision.read(file)
     assert vision.read(tmp_path / "none.json")["cells"] == {}
 
 
@@ -68,8 +69,7 @@ def test_trying_rates_keeps_what_another_process_wrote(tmp_path, monkeypatch):
 
     monkeypatch.setattr(vision, "load", lambda *args: None)
     monkeypatch.setattr(vision, "learn", learn)
-    monkeypatch.setattr(vision, "environment", dict)
-    vision._validate(["LoRA"], Namespace(sets=["dtd10"], images="", validate=[0.25], out=file), vision.read(file))
+    vision.validate(["LoRA"], Namespace(sets=["dtd10"], images="", validate=[0.25], out=file), vision.read(file))
     found = vision.read(file)
     assert found["cells"] == FOUND["cells"]
     assert found["validation"]["full"] == FOUND["validation"]["full"]

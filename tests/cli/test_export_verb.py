@@ -1,5 +1,6 @@
 """`slimtune export`: from a run, and from a shrunk model's folder, to a folder that another program can use."""
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,9 +58,17 @@ def test_what_cannot_be_exported_is_bad_input(cli, shelf, tmp_path, monkeypatch)
     Path("empty").mkdir()
     Path("run").mkdir()
     Path("run/recipe.yaml").write_text("model: x\n")
+    Path("run/delta").mkdir()
     for arguments, said in ((["empty"], "neither a run nor a model"), (["run"], "is not finished"),
+                            (["run/delta"], f"The run is {tmp_path / 'run'}"), (["run/recipe.yaml"], "a file"),
+                            ([shelf / "bert", "--output", "run"], "not replaced"),
                             ([shelf / "gpt2"], "no head that classifies"),
                             ([shelf / "bert", "--to", "openvino", "--int8"], "nncf")):
         result = cli("export", *arguments)
         assert (result.exit_code, said in result.stderr) == (2, True), result.output
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for loaded in [name for name in sys.modules if name.startswith("onnxruntime.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    result = cli("export", shelf / "bert")
+    assert (result.exit_code, "pip install 'slimtune[export]'" in result.stderr) == (2, True), result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "run"]

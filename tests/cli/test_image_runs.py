@@ -8,7 +8,10 @@ import torch
 import yaml
 from PIL import Image
 
+from slimtune.compress import open_exported
+from slimtune.data import DataSpec
 from slimtune.recipe import digest_run, predict_run, read_recipe, run
+from slimtune.recipe.reader import reader
 from slimtune.recipe.use import load_run
 from slimtune.testing import tiny
 
@@ -239,3 +242,21 @@ def test_methods_are_counted_on_vision_models(cli, gallery):
     # 2 blocks, 2 sites, rank 8: 2 * 2 * 8 * (32 + 32); the head of two labels: 2 * 32 + 2
     assert rows["lora"][1:4] == ["2,048", "0", "66"]
 
+
+def test_a_pruned_model_reads_images_as_its_run_did(cli, recipe, gallery, tmp_path):
+    """Its folder says how, and so does what is exported of either."""
+    file = recipe(method=[{"name": "full"}, {"name": "gates"}], data={"size": 24, "normalize": "imagenet"},
+                  prune={"sparsity": 0.3, "on": "gates", "criterion": "taylor"})
+    done = cli("prune", file)
+    assert done.exit_code == 0, done.output
+    plain = DataSpec(task="image_classification", test="x")
+    told = load_run(tmp_path / "run").tokenizer
+    assert (told.size, told.normalize) == (24, "imagenet")
+    assert reader(str(tmp_path / "run/model"), plain) == told
+    for source in ("run", "run/model"):
+        exported = cli("export", tmp_path / source)
+        assert exported.exit_code == 0, exported.output
+        assert reader(f"{tmp_path / source}-onnx", plain) == told
+    opened = open_exported(f"{tmp_path / 'run/model'}-onnx")
+    assert opened.manifest["fixed"] == {"interpolate_pos_encoding": True}  # the model's positions are for 16 x 16
+    assert opened(pixel_values=torch.zeros(1, 3, 24, 24)).shape == (1, 2)

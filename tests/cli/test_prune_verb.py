@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import slimtune as st
+from slimtune.recipe import smaller
 from slimtune.recipe.use import load_run
 
 TRAIN = {"steps": 60, "batch_size": 8, "learning_rate": 1e-2, "threads": 1, "log_every": 20}
@@ -36,6 +37,54 @@ def test_heads_and_neurons_are_pruned_trained_and_sliced_out(cli, recipe, tmp_pa
     assert st.count_macs(small, tokens=16).total <= 0.5 * st.count_macs(dense, tokens=16).total
     again = cli("prune", file)
     assert again.exit_code == 0, again.output
+    assert "finished already" in again.output
+    assert json.loads((tmp_path / "run" / "shrunk.json").read_text()) == told
+
+
+def test_the_width_of_the_stream_is_pruned_and_sliced(cli, recipe, tmp_path):
+    prune = {"sparsity": 0.25, "on": "hidden", "criterion": "taylor", "examples": 32}
+    method = ["full", {"name": "gates", "hidden": True}]
+    file = recipe(method=method, prune=prune, train=TRAIN | {"steps": 20})
+    done = cli("prune", file)
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "run" / "shrunk.json").read_text())
+    assert told["hidden"] == {"encoder": 24}
+    assert told["difference"] < 1e-5
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["sparsity"]["denominator"] == "hidden"
+    small, ids = st.load_model(tmp_path / "run" / "model"), torch.randint(5, 20, (3, 9))
+    assert small.bert.embeddings.word_embeddings.embedding_dim == 24
+    torch.testing.assert_close(logits(small, ids), logits(load_run(tmp_path / "run").model, ids), atol=1e-5, rtol=1e-5)
+    refused = cli("prune", recipe(method=["full", "gates"], prune=prune, output=str(tmp_path / "other")))
+    assert refused.exit_code == 2
+    assert "Gates(hidden=True)" in refused.output
+
+
+def test_what_was_stopped_goes_on_and_no_folder_of_another_is_touched(cli, recipe, tmp_path, monkeypatch):
+    file = recipe(method=[{"name": "full"}, {"name": "gates"}], prune=GATES, train=TRAIN | {"steps": 2})
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(st.Delta, "save", _interrupted)
+        assert cli("prune", file).exit_code == 3
+    half = cli("export", run)
+    assert (half.exit_code, "slimtune prune" in half.stderr) == (2, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(smaller, "save_model", _interrupted)
+        assert cli("prune", file).exit_code == 3
+    assert json.loads((run / "result.json").read_text())["resumed_from"] == "checkpoint-2"
+    (run / "model").mkdir()
+    (run / "model" / "mine").write_text("mine")
+    other = cli("prune", file)
+    assert (other.exit_code, "move that one away" in other.stderr) == (2, True)
+    assert [p.name for p in (run / "model").iterdir()] == ["mine"]
+    assert not (run / "shrunk.json").exists()
+    (run / "model" / "mine").unlink()
+    done = cli("prune", file, "--quiet")
+    assert (done.exit_code, done.output) == (0, "")
+    assert st.load_model(run / "model").num_labels == 2
+
+
+def _interrupted(*args):
+    raise KeyboardInterrupt
 
 
 def test_a_layer_may_lose_all_its_heads(cli, recipe, tmp_path):
@@ -43,8 +92,18 @@ def test_a_layer_may_lose_all_its_heads(cli, recipe, tmp_path):
     gates = {"sparsity": 0.5, "on": "gates", "granularity": "whole", "allocation": "global"}
     done = cli("prune", recipe(method=[{"name": "full"}, {"name": "gates"}], prune=gates, train=TRAIN | {"steps": 4}))
     assert done.exit_code == 0, done.output
+    assert "gates all start at 1" in done.output
     told = json.loads((tmp_path / "run" / "shrunk.json").read_text())
     assert 0 in (*told["heads"].values(), *told["neurons"].values())
+
+
+def test_a_block_of_pre_norms_may_be_emptied(cli, recipe, shelf, tmp_path):
+    """Of the norms that only empty sub-layers read, no gradient is expected either."""
+    gates = {"sparsity": 0.5, "on": "gates", "allocation": "global"}
+    done = cli("prune", recipe(model=str(shelf / "gpt2"), method=[{"name": "full"}, {"name": "gates"}], prune=gates))
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "run" / "shrunk.json").read_text())
+    assert (told["heads"]["decoder.0.attn.heads"], told["neurons"]["decoder.0.mlp.act"]) == (0, 0)
 
 
 def test_a_run_teaches(cli, recipe, shelf, tmp_path):
@@ -78,6 +137,8 @@ def test_a_delta_is_pruned_and_no_model_is_made_smaller(cli, recipe, tmp_path):
     ({}, "has no prune"), ({"prune": {"sparsity": 1.5}}, "prune.sparsity"),
     ({"prune": {"sparsity": 0.5, "criterion": "snipp"}}, "Did you mean 'snip'?"),
     ({"prune": {"sparsity": 0.5, "on": "gates"}}, "Gates"),
+    ({"method": [{"name": "houlsby"}, {"name": "gates"}], "prune": GATES}, "cannot be folded in"),
+    ({"method": [{"name": "prefix_tuning"}, {"name": "gates"}], "prune": GATES}, "PrefixTuning cannot be merged"),
     ({"prune": {"sparsity": 0.5}, "distill": {"teacher": "no-such"}}, "no-such"),
     ({"prune": {"sparsity": 0.5}, "distill": {"teacher": "x", "wieght": 1}}, "weight"),
 ])

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from slimtune.compress.latency import _order, latency
+from slimtune.compress.latency import latency, turns
 from slimtune.errors import SlimtuneError
 
 
@@ -47,7 +47,7 @@ def test_percentiles_and_ratios(monkeypatch):
 
 @pytest.mark.parametrize("names", ["a", "ab", "abc", "abcd"])
 def test_every_contender_stands_in_every_place(names):
-    rows = [_order(names, turn) for turn in range(2 * len(names))]
+    rows = [turns(names, turn) for turn in range(2 * len(names))]
     for place in range(len(names)):
         assert sorted(row[place] for row in rows) == sorted(names * 2)
 

@@ -2,10 +2,8 @@
 import errno
 import os
 import random
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +17,8 @@ NEW = {"a.bin": b"new" * 99, "c.bin": b"", "d.bin": lambda path: path.write_byte
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is a disk of it: thousands of fsyncs are slow on a busy one."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as home:
-        yield Path(home)
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import slimtune as st
 from slimtune.core.bookkeeping import Outer, Rows, Whole, keeping, keeps
 from slimtune.core.examples import per_example
 from slimtune.privacy.losses import example_losses as each_loss
-from slimtune.testing import batch, tiny
+from slimtune.testing import batch, doubled, tiny
 
 B, T, P, D = 3, 5, 4, 6
 FAMILIES = ("bert", "gpt2", "t5", "llama", "vit")
@@ -53,12 +53,31 @@ def test_rows_are_what_a_loop_makes(names):
     torch.testing.assert_close(rows.each(), wanted, **close)
 
 
+def test_products_of_half_precision_are_not_taken_for_one_another():
+    """Widened copies are freed and others lie where they lay: a product must not be found by that."""
+    grams: dict = {}
+    for seed in range(0, 8, 2):
+        use = Outer(drawn(2, 8, 64, seed=seed).bfloat16(), drawn(2, 8, 64, seed=seed + 1).bfloat16())
+        wanted = use.each(torch.Size([64, 64])).flatten(1).norm(dim=1)
+        torch.testing.assert_close(Rows(torch.Size([64, 64]), [use]).norms(grams), wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("names", [["linear"], ["lookup", "longer"], ["whole"], ["whole", "linear"]])
+def test_what_does_not_live_has_no_gradient(names):
+    kinds, factors, mask = uses(), drawn(B, seed=9), drawn(P, D, seed=7) > 0
+    wanted = torch.stack([by_loop(kinds[n]) for n in names]).sum(0) * mask
+    rows = Rows(torch.Size([P, D]), [kinds[n] for n in names], mask)
+    torch.testing.assert_close(rows.norms({}), wanted.flatten(1).norm(dim=1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows.sum(factors), torch.einsum("b,bpd->pd", factors, wanted), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rows.each(), wanted)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_fine_tuning_has_the_norms_and_the_clipped_sum_of_a_loop(family):
     """To 1e-10, and no example's gradient of a large tensor is made: what is kept is activations."""
     model = tiny(family).double().eval()
     delta = st.attach(model, st.methods.Full())
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    inputs = doubled(batch(family))
     with per_example(model) as grads:
         each_loss(model, inputs).sum().backward()
         rows = grads.take()

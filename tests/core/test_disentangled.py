@@ -2,9 +2,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from route_toys import moved
 
 import slimtune as st
-from slimtune.core import attach
 from slimtune.core.disentangled import MAKER
 from slimtune.core.examples import per_example
 from slimtune.core.route import route
@@ -14,15 +14,6 @@ from slimtune.testing import batch, small, tiny
 
 OWN = ("bitfit", "full", "partial_k")
 """Methods that train the projections' own tensors, or the table: refused."""
-
-
-def moved(model, method, name: str, seed: int = 0):
-    delta = attach(model, method, name=name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in delta.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.1)
-    return delta
 
 
 def losses(model, inputs) -> torch.Tensor:

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 import slimtune as st
 from slimtune.core import attach
 from slimtune.core.examples import per_example
+from slimtune.core.route import route
 from slimtune.errors import DeltaError, MethodError
 from slimtune.methods import get, names
-from slimtune.testing import batch, small, tiny
+from slimtune.testing import batch, doubled, small, tiny
 
 FAMILIES = ("bert", "gpt2", "t5", "llama", "vit")
 
@@ -25,7 +26,7 @@ def losses(model, inputs) -> torch.Tensor:
 
 
 def inputs_of(family: str) -> dict[str, torch.Tensor]:
-    return {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    return doubled(batch(family))
 
 
 def moved(model, method, **values):
@@ -116,6 +117,22 @@ def test_nothing_is_left_after_an_error():
     assert {id(p) for p in model.parameters()} == own
     assert not any("forward" in m.__dict__ for m in model.modules())
     equal(model, delta, inputs)
+
+
+def test_a_forward_of_the_users_comes_back():
+    """accelerate puts its own on modules, and so may anybody: behind a route as well."""
+    model, inputs = tiny("bert"), batch("bert")
+    attach(model, get("lora")(rank=2))
+    plain = model.classifier.forward
+    own = model.classifier.forward = lambda x: plain(x)
+    with per_example(model):
+        model(**inputs)
+        assert vars(model.classifier)["forward"] is not own
+    assert vars(model.classifier)["forward"] is own
+    with torch.no_grad(), route(model, ["default"] * len(inputs["input_ids"])):
+        model(input_ids=inputs["input_ids"])
+        assert vars(model.classifier)["forward"] is not own
+    assert vars(model.classifier)["forward"] is own
 
 
 def test_refusals():

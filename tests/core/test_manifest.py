@@ -72,7 +72,7 @@ def test_parsed_bytes_are_the_hashed_bytes(folder: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("fault", "says"), [
     ("header length 9223372036854775808", "its header claims 9223372036854775808 bytes; the file has"),
     ("header: 17 MB of spaces", "its header claims .* and the limit is 16 MB"),
-    ("header: 120,000 tensors", "120000 tensors; a delta has at most 100000"),
+    ("header: 120,000 tensors", "120000 tensors; a file has at most 100000"),
     ("signed pickle 2", "not a safetensors file, but a pickle or zip file.\n  A pickle can run code"),
     ("signed zip of pickles", "not a safetensors file, but a pickle or zip file"),
     ("extra file delta.bin", "holds 'delta.bin'.*\n.*\n  It may be a pickle, which can run code"),

@@ -5,9 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from slimtune.core.attach import attach
+from slimtune.core.average import average
 from slimtune.core.bits import living, pack, spread, unpack
 from slimtune.core.load import load_delta
-from slimtune.core.mask import hold
+from slimtune.core.mask import apply_masks, hold, mask_gradients
+from slimtune.core.route import route
+from slimtune.core.switch import activate
 from slimtune.errors import DeltaError
 from slimtune.methods import Full, LoRA, PrefixTuning
 from slimtune.testing.tiny import batch, loss, tiny
@@ -146,3 +149,79 @@ def test_what_a_saved_delta_drops_cannot_be_masked(tmp_path):
     delta.set_masks({name: half(value.shape)})
     with pytest.raises(DeltaError, match="in its stead"):
         delta.save(tmp_path / "delta")
+
+
+def test_a_step_costs_nothing_without_masks(monkeypatch):
+    delta = attach(tiny("bert"), LoRA(rank=2))
+    monkeypatch.setattr(type(delta), "tensors", None)
+    mask_gradients(delta)
+    apply_masks(delta)
+
+
+def test_masks_keep_the_order_of_the_active():
+    """Of a tensor that two own the last one's stands, also after the first has got other masks."""
+    model = tiny("bert")
+    first, last = attach(model, LoRA(rank=2), name="first"), attach(model, LoRA(rank=2), name="last")
+    last.set_masks({BASE: half((32, 32))})
+    activate(model, "first", "last")
+    first.set_masks({BASE: half((32, 32), 1)})
+    assert torch.equal(weight(model) == 0, ~half((32, 32)))
+    first.set_masks({})
+    assert torch.equal(weight(model) == 0, ~half((32, 32)))
+
+
+def test_a_head_that_trains_is_not_masked_as_the_backbones():
+    delta = attach(tiny("bert"), LoRA(rank=2))
+    with pytest.raises(DeltaError, match=r"no tensor 'own\.classifier\.weight'"):
+        delta.set_masks({"own.classifier.weight": half((3, 32))})
+
+
+def test_an_open_route_keeps_its_weights(tmp_path):
+    """Masks are not set then; a masked delta that is loaded meanwhile changes no answer, and cannot half come."""
+    model = tiny("bert")
+    attach(model, LoRA(rank=2), name="kept")
+    masked = attach(tiny("bert"), LoRA(rank=2))
+    masked.set_masks({BASE: half((32, 32))})
+    masked.save(tmp_path / "masked")
+    rows = batch("bert", labels=False)
+    with torch.no_grad(), route(model, ["kept"] * len(rows["input_ids"])):
+        before = model(**rows).logits
+        with pytest.raises(DeltaError, match="a route is open"):
+            model.slimtune.deltas["kept"].set_masks({BASE: half((32, 32))})
+        loaded = load_delta(model, tmp_path / "masked", name="masked")
+        assert torch.equal(model(**rows).logits, before)
+    assert loaded.active
+    assert torch.equal(weight(model) == 0, ~half((32, 32)))
+
+
+def test_a_file_that_fits_nothing_leaves_what_was_active(tmp_path):
+    model = tiny("bert")
+    old = attach(model, LoRA(rank=2), name="old")
+    other = attach(tiny("bert"), LoRA(rank=2))
+    other.set_masks({BASE: half((32, 32))})
+    other.masks["own.nowhere"] = other.masks.pop(BASE)
+    other.owned[-1].path = "nowhere"
+    other.save(tmp_path / "other")
+    with pytest.raises(DeltaError, match=r"no tensor 'own\.nowhere'"):
+        load_delta(model, tmp_path / "other", name="new")
+    assert old.active
+    assert list(model.slimtune.deltas) == ["old"]
+
+
+def test_an_average_stands_on_the_masks_of_its_parts():
+    model = tiny("bert")
+    one, two = attach(model, LoRA(rank=4), name="one"), attach(model, LoRA(rank=4), name="two", seed=1)
+    own = half((4, 32), 5)
+    one.set_masks({BASE: half((32, 32)), A: own})
+    with pytest.raises(DeltaError, match="mask the backbone otherwise"):
+        average(model, {"one": 0.5, "two": 0.5}, "mix")
+    two.set_masks({BASE: half((32, 32)), A: half((4, 32), 6)})
+    mix = average(model, {"one": 0.5, "two": 0.5}, "mix")
+    assert torch.equal(mix.masks[A], own | half((4, 32), 6))
+    activate(model, "mix")
+    assert torch.equal(weight(model) == 0, ~half((32, 32)))
+    activate(model, "one")
+    alone = logits(model)
+    average(model, {"one": 1.0}, "same")
+    activate(model, "same")
+    assert torch.equal(logits(model), alone)

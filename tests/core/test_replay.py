@@ -6,9 +6,10 @@ import torch
 
 import slimtune as st
 from slimtune.core.cut import cut
-from slimtune.core.replay import Replay, evaluating, states
+from slimtune.core.modes import evaluating
+from slimtune.core.replay import Replay, states
 from slimtune.errors import DeltaError, MethodError
-from slimtune.testing import batch, loss, randomize, tiny
+from slimtune.testing import batch, doubled, loss, randomize, tiny
 
 M = st.methods
 LAST = M.LoRA(rank=2, blocks=(-1,))
@@ -33,7 +34,7 @@ CASES = [
 
 def case(family, method, **changes):
     model = tiny(family, **changes).double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    inputs = doubled(batch(family))
     if family == "clip":
         inputs["return_loss"] = True
     return model, inputs, randomize(st.attach(model, method))

@@ -6,6 +6,7 @@ from threading import Thread
 import pytest
 import torch
 import torch.nn.functional as F
+from route_toys import moved
 
 import slimtune as st
 from slimtune.core import attach
@@ -13,23 +14,14 @@ from slimtune.core.insert import CHILD
 from slimtune.core.route import route
 from slimtune.errors import DeltaError, MethodError
 from slimtune.methods import get, names
-from slimtune.testing import batch, output, small, tiny
+from slimtune.testing import batch, doubled, output, small, tiny
 
 FAMILIES = ("bert", "gpt2", "t5", "llama", "vit")
 MIXED = ["a", "b", "a"]
 
 
-def moved(model, method, name: str, seed: int = 0):
-    delta = attach(model, method, name=name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in delta.parameters():
-            p.add_(torch.randn(p.shape, generator=generator).to(p.dtype) * 0.1)
-    return delta
-
-
 def inputs_of(family: str):
-    return {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    return doubled(batch(family))
 
 
 def solo(model, inputs, tasks):

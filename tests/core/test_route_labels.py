@@ -12,7 +12,7 @@ from slimtune.core.insert import CHILD
 from slimtune.core.route import route
 from slimtune.errors import DeltaError
 from slimtune.methods import get
-from slimtune.testing import batch, tiny
+from slimtune.testing import batch, doubled, tiny
 
 LABELS = {"one": 1, "two": 2, "three": 3, "five": 5}
 TASKS = ["five", "one", "two", "three", "two", None]
@@ -57,7 +57,7 @@ def alone(make, path: Path | None, labels: int):
 
 def inputs_of(family: str) -> dict:
     made = batch(family, size=len(TASKS), labels=False)
-    return {k: v.double() if v.is_floating_point() else v for k, v in made.items()}
+    return doubled(made)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "vit", "tagger"])

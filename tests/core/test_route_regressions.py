@@ -14,6 +14,7 @@ from threading import Event, get_ident
 
 import pytest
 import torch
+from route_toys import moved
 
 import slimtune as st
 from slimtune.core import attach
@@ -24,15 +25,6 @@ from slimtune.methods import get
 from slimtune.testing import batch, tiny
 
 INPUTS = batch("bert", labels=False)
-
-
-def moved(model, method, name: str, seed: int = 0):
-    delta = attach(model, method, name=name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in delta.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return delta
 
 
 def in_flight(model, tasks: list, meanwhile: Callable[[], object]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Images to batches: bit for bit what transformers' processors make, and augmentation that a seed repeats."""
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 
 from slimtune.data.transform import COLOURS, Transform, centre, drawn_by, transform_of
 from slimtune.errors import DataError
-from slimtune.io.images import ImageInput
+from slimtune.io.images import ImageInput, load_image_input
+from slimtune.testing import tiny
 
 
 def batch(transform: Transform, *arrays) -> torch.Tensor:
@@ -40,6 +42,18 @@ def test_bit_for_bit_what_transformers_makes(name, options, taken):
     arrays = [pixels(i, *size) for i, size in enumerate(SIZES)]
     theirs = torch.stack([processor(Image.fromarray(a), return_tensors="pt")["pixel_values"][0] for a in arrays])
     assert torch.equal(batch(transform_of(spec(train="x", size=None), taken), *arrays), theirs)
+
+
+@pytest.mark.parametrize("options", [{"size": None}, {"size": 16}, {"size": 32, "resize": "crop", "normalize": "none"},
+                                     {"size": 16, "resize": "square", "normalize": "half"}])
+@pytest.mark.parametrize("taken", [ImageInput(edge=40, crop=32), ImageInput(edge=37, square=False, crop=32, resample=2),
+                                   ImageInput(edge=None, crop=32, scale=1.0)])
+def test_the_file_that_is_written_says_the_same_steps(tmp_path, options, taken):
+    tiny("vit").config.save_pretrained(tmp_path)
+    made = transform_of(spec(train="x", augment=["flip"], **options), taken)
+    made.for_training().save_pretrained(tmp_path)
+    found = transform_of(spec(train="x", size=None), load_image_input(tmp_path))
+    assert replace(found, asked=False) == replace(made, augment=())
 
 
 def test_every_byte_is_scaled_and_normalised_as_the_formula_says():

@@ -13,7 +13,7 @@ from slimtune.io.models import find_model, load_model
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2, "image_size": 28,
          "patch_size": 14}
-OLD = {new: old for old, new in dinov2._RENAMED.items()}
+OLD = {new: old for old, new in dinov2.RENAMED.items()}
 
 
 def graph(model, leave: str = "") -> bytes:

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
+from adapterhub_cases import refused as unchanged
 from peft_cases import from_peft, in_peft, logits, peft
 from safetensors.torch import load_file, save_file
 
 import slimtune
 from slimtune import methods
-from slimtune.core.fingerprint import bits_digest
 from slimtune.errors import DeltaError, SlimtuneError
 from slimtune.io.peft import load_peft, save_peft
 from slimtune.testing import tiny
@@ -26,16 +26,7 @@ def folder(tmp_path):
 
 
 def refused(folder, match, family="bert", **changes):
-    model = tiny(family, **changes)
-    before, modules = bits_digest(model), [name for name, _ in model.named_modules()]
-    with pytest.raises(DeltaError, match=match) as caught:
-        slimtune.load(model, folder)
-    assert str(folder) in str(caught.value)
-    assert bits_digest(model) == before
-    assert [name for name, _ in model.named_modules()] == modules
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert model.config._attn_implementation == "sdpa"
+    unchanged(folder, match, model=tiny(family, **changes))
 
 
 def config(folder, **changes):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import slimtune as st
-from slimtune.testing import assert_equation, batch, meta, output, randomize, site_io, tiny
+from slimtune.testing import assert_equation, batch, doubled, meta, output, randomize, site_io, tiny
 
 M = st.methods
 
@@ -19,7 +19,7 @@ def test_equation(family: str, site: str):
 def test_reads_the_residual_stream():
     """On ViT, plain hooks around each block's second norm and feed-forward network give the same output."""
     model, inputs = tiny("vit").double().eval(), batch("vit")
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    inputs = doubled(inputs)
     delta = randomize(st.attach(model, M.AdaptFormer(bottleneck=4, head="none")))
     own, state = output(model, inputs), delta.state()
     delta.detach()

@@ -2,10 +2,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from merge_cases import check_merge
 
 import slimtune as st
 from slimtune.errors import MethodError
-from slimtune.testing import assert_equation, batch, output, randomize, site_io, tiny
+from slimtune.testing import assert_equation, batch, doubled, output, randomize, site_io, tiny
 
 FacT = st.methods.FacT
 SITES = [("vit", "vision.0.attn.q"), ("vit", "vision.0.mlp.up"), ("vit", "vision.0.mlp.down"),
@@ -68,7 +69,7 @@ def test_the_codes_layout_of_the_tucker_core(role: str):
 def test_tucker_is_the_tensor_train_with_its_slices():
     """Sigma_i = sum_t P_it C_t."""
     outs = []
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch("vit").items()}
+    inputs = doubled(batch("vit"))
     for form in ("tk", "tt"):
         model = tiny("vit").double()
         delta = randomize(st.attach(model, FacT(form=form, rank=3)))
@@ -88,15 +89,9 @@ def test_tucker_is_the_tensor_train_with_its_slices():
 @pytest.mark.parametrize("family", ["vit", "gpt2", "bert", "llama"])
 def test_merged_is_unmerged(family: str, form: str, compat: str):
     model = tiny(family).double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
-    plain = output(model, inputs)
+    inputs = doubled(batch(family))
     delta = randomize(st.attach(model, FacT(form=form, rank=3, scale=0.5, compat=compat, head="none")))
-    own = output(model, inputs)
-    delta.merge()
-    torch.testing.assert_close(output(model, inputs), own)
-    delta.unmerge()
-    assert torch.equal(output(model, inputs), own)
-    assert not torch.allclose(own, plain)
+    check_merge(delta, inputs)
 
 
 def test_what_it_trains():

@@ -41,6 +41,7 @@ def test_count_of_bert_base():
     with torch.device("meta"):
         model = BertForSequenceClassification(BertConfig())
     assert st.attach(model, st.methods.Gates()).count().adapter == 12 * (12 + 3072) == 37_008
+    assert st.attach(model, st.methods.Gates(hidden=True), name="wide").count().adapter == 37_008 + 768
 
 
 def test_penalty_is_the_l1_norm_of_the_coefficients():
@@ -55,6 +56,8 @@ def test_penalty_is_the_l1_norm_of_the_coefficients():
         if n in plain:
             torch.testing.assert_close(p.grad, plain[n] + 0.01)
     assert st.attach(model, st.methods.Gates(), name="free").penalty() is None
+    wide = st.attach(tiny("bert"), st.methods.Gates(l1=0.01, hidden=True))
+    assert wide.penalty().item() == pytest.approx(0.01 * (2 * (4 + 64) + 32))  # type: ignore[union-attr]
 
 
 def test_other_sites_are_refused():

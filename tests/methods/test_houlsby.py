@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import slimtune as st
-from slimtune.testing import assert_equation, batch, output, randomize, site_io, tiny
+from slimtune.testing import assert_equation, batch, doubled, output, randomize, site_io, tiny
 
 
 def adapter(p, h):
@@ -25,7 +25,7 @@ def test_equation(family: str, site: str):
 def test_placement(family: str, places: tuple[str, str]):
     """The same model with the equation in plain hooks on the two outputs of each block gives the same output."""
     model, inputs = tiny(family).double(), batch(family)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    inputs = doubled(inputs)
     delta = randomize(st.attach(model, st.methods.Houlsby(bottleneck=5, norms="none", head="none")))
     own, state = output(model, inputs), delta.state()
     delta.detach()

@@ -6,7 +6,7 @@ import torch
 
 import slimtune as st
 from slimtune.core import Bound
-from slimtune.core.projection import _PRIMES, project
+from slimtune.core.projection import PRIMES, project
 from slimtune.errors import MethodError
 from slimtune.testing import assert_equation, batch, loss, meta, output, randomize, site_io, tiny
 
@@ -51,13 +51,13 @@ def test_it_is_made_of_whole_numbers_alone():
     wanted = torch.zeros(numbers, d, dtype=torch.double)
     for i in range(numbers):
         k, r = divmod(i, d)
-        a, b = (1, 0) if k == numbers // d else (_PRIMES[mix(k, keys[0]) % 16], mix(k, keys[1]) % 2**31)
+        a, b = (1, 0) if k == numbers // d else (PRIMES[mix(k, keys[0]) % 16], mix(k, keys[1]) % 2**31)
         word = ((mix(k, keys[2]) ^ mix(r, keys[3])) * 0x9E3779B1) % 2**32
         word = word - 2**32 if word >= 2**31 else word
         word = (word ^ (word >> 15)) * 0x85EBCA77 % 2**32
         wanted[i, (a * r + b) % d] = -1.0 if word >= 2**31 else 1.0
     torch.testing.assert_close(matrix(d, numbers, seed).sign(), wanted)
-    assert all(gcd(p, n) == 1 for p in _PRIMES for n in range(1, 2000))
+    assert all(gcd(p, n) == 1 for p in PRIMES for n in range(1, 2000))
 
 
 def test_its_gradient_is_the_transposed_matrix():

@@ -1,10 +1,11 @@
 """KAdaptation against its paper: W <- W + s sum_i A_i (x) B_i, A_i = a_i b_i^T of all blocks, B_i = u_i v_i^T."""
 import pytest
 import torch
+from merge_cases import check_merge
 
 import slimtune as st
 from slimtune.errors import MethodError
-from slimtune.testing import assert_equation, batch, loss, output, randomize, site_io, tiny
+from slimtune.testing import assert_equation, batch, doubled, loss, output, randomize, site_io, tiny
 
 KAdaptation = st.methods.KAdaptation
 
@@ -88,15 +89,9 @@ def test_it_starts_as_an_identity(compat: str):
 def test_merged_is_unmerged(family: str, compat: str):
     """Where a projection has no bias (Llama, T5), the merged one gets it."""
     model = tiny(family).double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    inputs = doubled(batch(family))
     delta = randomize(st.attach(model, KAdaptation(division=4, scale=2.0, compat=compat)))
-    own = output(model, inputs)
-    delta.merge()
-    torch.testing.assert_close(output(model, inputs), own)
-    delta.unmerge()
-    assert torch.equal(output(model, inputs), own)
-    with delta.disabled():
-        assert not torch.allclose(output(model, inputs), own)
+    check_merge(delta, inputs)
 
 
 def test_a_division_must_divide():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import slimtune as st
 from slimtune.errors import MethodError, SiteError
-from slimtune.testing import batch, check_method, meta, output, randomize, tiny
+from slimtune.testing import batch, check_method, doubled, meta, output, randomize, tiny
 from slimtune.testing.tiny import NAMES
 
 LST = st.methods.LST
@@ -83,7 +83,7 @@ def hidden_states(model, paths, inputs):
 
 
 def wide(family):
-    return {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    return doubled(batch(family))
 
 
 def case(family, **settings):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import slimtune as st
-from slimtune.testing import assert_equation, batch, output, randomize, site_io, tiny
+from slimtune.testing import assert_equation, batch, doubled, output, randomize, site_io, tiny
 
 
 def f(p, x):
@@ -37,7 +37,7 @@ def test_placement(family: str, path: str, inner: str):
 
 def test_an_attention_adapter_reads_the_attentions_input():
     model = tiny("vit").double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch("vit").items()}
+    inputs = doubled(batch("vit"))
     delta = randomize(st.attach(model, st.methods.ParallelAdapter(bottleneck=5, sites=("attn",), head="none")))
     own, state = output(model, inputs), delta.state()
     delta.detach()

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import slimtune as st
-from slimtune.testing import batch, output, randomize, tiny
+from slimtune.testing import batch, doubled, output, randomize, tiny
 
 PLACES = {  # attention module, query, key and value projections, the output projection, its scale
     "bert": ("bert.encoder.layer.1.attention.self", "{}.query", "{}.key", "{}.value",
@@ -25,7 +25,7 @@ def heads(t):
 def test_equation(place: str):
     """Gradients too: the same softmax, written out, in the place of the attention's result."""
     family = place.split()[0]
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    inputs = doubled(batch(family))
     model, seen = tiny(family).double(), {}
     delta = randomize(st.attach(model, st.methods.PrefixTuning(length=3)))
     attention, *paths, scale = PLACES[place]

@@ -2,13 +2,13 @@
 import torch
 
 import slimtune as st
-from slimtune.testing import batch, output, randomize, tiny
+from slimtune.testing import batch, doubled, output, randomize, tiny
 
 
 def prompted(family: str):
     """Plain model, inputs, prompt, and what the method gives on them."""
     model = tiny(family).double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    inputs = doubled(batch(family))
     delta = randomize(st.attach(model, st.methods.PromptTuning(length=3, head="none")))
     own, prompt = output(model, inputs), next(iter(delta.state().values()))
     assert delta.count().adapter == 3 * 32

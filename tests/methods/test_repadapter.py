@@ -1,11 +1,11 @@
 """RepAdapter against its paper: y + s (B (A y + a) + b), B in groups, and its merge into what follows the norm."""
 import pytest
-import torch
 import torch.nn.functional as F
+from merge_cases import check_merge
 
 import slimtune as st
 from slimtune.errors import MethodError
-from slimtune.testing import assert_equation, batch, meta, output, randomize, site_io, tiny
+from slimtune.testing import assert_equation, batch, doubled, meta, randomize, site_io, tiny
 
 M = st.methods
 
@@ -22,13 +22,9 @@ def test_equation(family: str, site: str):
 @pytest.mark.parametrize("family", ["vit", "dinov2", "clip", "gpt2", "llama", "t5"])
 def test_merges_into_the_projections(family: str):
     model = tiny(family).double().eval()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    inputs = doubled(batch(family))
     delta = randomize(st.attach(model, M.RepAdapter(bottleneck=4)))
-    own = output(model, inputs)
-    delta.merge()
-    torch.testing.assert_close(output(model, inputs), own)
-    delta.unmerge()
-    assert torch.equal(output(model, inputs), own)
+    check_merge(delta, inputs)
 
 
 def test_count():

@@ -2,16 +2,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from merge_cases import check_merge
 
 import slimtune as st
 from slimtune.errors import MethodError
-from slimtune.testing import assert_equation, batch, output, randomize, site_io, tiny
+from slimtune.testing import assert_equation, batch, doubled, output, randomize, site_io, tiny
 
 SSF = st.methods.SSF
 
 
 def inputs_of(family: str):
-    return {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items()}
+    return doubled(batch(family))
 
 
 @pytest.mark.parametrize(("family", "site"), [
@@ -49,13 +50,7 @@ def test_merged_is_unmerged(family: str):
     """Linear maps, norms, tables of words, convolutions of patches (CLIP's without a bias)."""
     model, inputs = tiny(family).double(), inputs_of(family)
     delta = randomize(st.attach(model, SSF(head="none" if family == "clip" else "train")))
-    own = output(model, inputs)
-    delta.merge()
-    torch.testing.assert_close(output(model, inputs), own)
-    delta.unmerge()
-    assert torch.equal(output(model, inputs), own)
-    with delta.disabled():
-        assert not torch.allclose(output(model, inputs), own)
+    check_merge(delta, inputs)
 
 
 def test_the_merged_patches():

@@ -6,7 +6,7 @@ import torch
 
 import slimtune as st
 from slimtune.errors import MethodError
-from slimtune.testing import batch, loss, output, tiny
+from slimtune.testing import batch, doubled, loss, output, tiny
 
 M = st.methods
 BIASES = r"(?<!classifier)\.bias$"
@@ -26,7 +26,7 @@ CASES = [
 def test_two_steps_are_those_of_the_plain_model(method, family: str, pattern: str):
     """SGD on the tensors that the pattern names, of an untouched model, gives the same model after two steps."""
     inputs, plain, model = batch(family), tiny(family).double(), tiny(family).double()
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    inputs = doubled(inputs)
     for name, p in plain.named_parameters():
         p.requires_grad_(bool(re.search(pattern, name)))
     delta = st.attach(model, method)

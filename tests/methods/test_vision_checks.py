@@ -7,7 +7,7 @@ import torch
 import slimtune as st
 from slimtune.core.unfreeze import base_parameters
 from slimtune.data import elevater, vtab
-from slimtune.testing import batch, loss, meta, randomize, tiny
+from slimtune.testing import batch, doubled, loss, meta, randomize, tiny
 
 M = st.methods
 VTAB = [task.classes for task in vtab.TASKS.values()]
@@ -70,7 +70,7 @@ def test_the_start_of_vpts_heads_changes_nothing():
     """Its bias of -log((1 - 0.01) / 0.01) in every class: the same loss, the same gradients, in head and prompts."""
     bias, found = -math.log(0.99 / 0.01), []
     assert round(bias, 3) == -4.595
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch("vit").items()}
+    inputs = doubled(batch("vit"))
     for start in (0.0, bias):
         model = tiny("vit").double()
         delta = randomize(st.attach(model, M.VPT(length=3)))

@@ -3,7 +3,7 @@ import torch
 
 import slimtune as st
 from slimtune.methods.vpt import VPT
-from slimtune.testing import batch, output, randomize
+from slimtune.testing import batch, doubled, output, randomize
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 
@@ -30,7 +30,7 @@ def assert_same(model, method: VPT, inputs, formula):
 
 
 def images(family: str):
-    return {k: v.double() if v.is_floating_point() else v for k, v in batch(family).items() if k != "labels"}
+    return doubled(batch(family, labels=False))
 
 
 def by_block(values) -> dict:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slimtune.errors import RecipeError, SiteError
+from slimtune.errors import MethodError, RecipeError, SiteError
 from slimtune.objectives import FreeLB, adversarial_backward, offset, word_embeddings
 from slimtune.objectives.adversarial import ascend, norm, uniform_start
 from slimtune.testing import batch, tiny
@@ -129,3 +129,9 @@ def test_the_official_passes_leave_token_types_out():
     plain, official = FreeLB(steps=1, start=0), FreeLB(steps=1, start=0, compat="official")
     assert adversarial_backward(model, typed, official) == adversarial_backward(model, data, plain)
     assert adversarial_backward(model, typed, plain) != adversarial_backward(model, data, plain)
+
+
+def test_a_batch_without_labels_is_refused():
+    inputs = {key: value for key, value in batch("bert").items() if key != "labels"}
+    with pytest.raises(MethodError, match="returned no loss"):
+        adversarial_backward(tiny("bert"), inputs, FreeLB())

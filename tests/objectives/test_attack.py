@@ -77,3 +77,9 @@ def test_pgd_goes_further_in_a_larger_ball_and_leaves_the_model_as_it_was():
     assert large.under_attack < 1
     assert not word_embeddings(model)._forward_hooks
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_batch_without_labels_is_refused():
+    inputs = {key: value for key, value in batch("bert").items() if key != "labels"}
+    with pytest.raises(DataError, match="needs labels"):
+        pgd(tiny("bert"), [inputs], PGD(0.1, 0.05))

@@ -59,3 +59,17 @@ def test_other_labels_are_refused():
     out = model(**inputs)
     with pytest.raises(MethodError, match="same labels"):
         Teacher(Wide(), Distillation(teacher="x"))(inputs, out, out.loss)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+@pytest.mark.parametrize("length", [7, 4])
+def test_a_teacher_with_a_decoder_reads_the_same_words(family, length):
+    model, teacher, inputs = tiny(family), tiny(family, seed=1), dict(batch(family))
+    inputs["labels"] = inputs["input_ids"][:, :length].clone()
+    inputs["labels"][0, 2:] = -100  # as many words as the input has, and other padding
+    out = model(**inputs)
+    found = Teacher(teacher, Distillation(teacher="x", weight=1.0))(inputs, out, out.loss)
+    real = inputs["labels"] != -100
+    with torch.no_grad():
+        known = teacher(**inputs).logits
+    torch.testing.assert_close(found, divergence(out.logits[real], known[real]))

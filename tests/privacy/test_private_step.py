@@ -14,7 +14,7 @@ from slimtune.core.bookkeeping import Rows, Whole
 from slimtune.errors import DeltaError, RecipeError
 from slimtune.privacy.draws import rekey
 from slimtune.privacy.losses import example_losses
-from slimtune.testing import small
+from slimtune.testing import small, tiny
 
 METHODS = ("lora", "ia3", "prompt_tuning", "prefix_tuning", "compacter", "bitfit", "lst")
 
@@ -266,3 +266,30 @@ def test_every_method_has_a_clipped_sum_of_its_examples(name):
     found = summed(step_of(delta, ledger(clip=clip)), part(batch, slice(0, 2)), part(batch, slice(2, 3)))
     same(found, plus(each, [min(1.0, clip / (norm(g) + 1e-6)) for g in each]))
     assert norm(found) > 0
+
+
+def test_what_a_mask_holds_at_0_takes_no_share_of_the_clip_and_no_noise():
+    """The clipped sum is that of m * g_i; without a mask in the norm it would be shorter."""
+    delta, batch, clip = delta_of("bert", st.methods.Full(), dropout=False), texts(4), 1e-3
+    names = [n for n, p in delta.named_parameters() if p.dim() == 2]
+    masks = {n: torch.rand(delta.tensors()[n].shape, generator=torch.Generator().manual_seed(i)) > 0.7
+             for i, n in enumerate(names)}
+    delta.set_masks(masks)
+    each = [{n: g * masks[n] if n in masks else g for n, g in one.items()} for one in loop(delta, batch)]
+    step = step_of(delta, ledger(clip=clip))
+    same(summed(step, batch), plus(each, [clip / (norm(g) + 1e-6) for g in each]))
+    noisy = step_of(delta, ledger(sigma=1.0, clip=clip))
+    noisy.add(batch)
+    noisy.finish(1)
+    assert all(not p.grad[~masks[n]].any() and bool(p.grad[masks[n]].all())
+               for n, p in noisy.named.items() if n in masks)
+
+
+def test_under_autocast_no_example_is_more_than_its_clip():
+    """Norms of what bfloat16 computes, from products that several tensors could be taken to share."""
+    delta = st.attach(tiny("bert", hidden_size=64, intermediate_size=128), st.methods.Full())
+    batch, clip = texts(4), 1e-2
+    for i in range(4):
+        step = step_of(delta, ledger(clip=clip))
+        step.add(part(batch, slice(i, i + 1)), lambda: torch.autocast("cpu", torch.bfloat16))
+        assert norm({n: p.summed_grad for n, p in step.named.items()}) == pytest.approx(clip, rel=1e-3)

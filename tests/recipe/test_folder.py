@@ -59,11 +59,20 @@ def test_a_damaged_recipe_in_the_folder_is_refused(tmp_path):
 @pytest.mark.parametrize(("make", "said"), [
     (lambda p: None, "no such folder"), (lambda p: p.mkdir(), "not the folder of a run"),
     (lambda p: (p.mkdir(), (p / "delta.json").write_text("{}")), "the folder of a delta"),
+    (lambda p: p.write_text("x"), "a file, not"),
     (lambda p: (p.mkdir(), (p / "recipe.yaml").write_text("")), "not finished")])
 def test_what_is_no_run_is_told_apart(tmp_path, make, said):
     make(tmp_path / "it")
     with pytest.raises(RecipeError, match=said):
         folder.open_run(tmp_path / "it")
+
+
+def test_of_a_part_of_a_run_the_run_is_named(tmp_path):
+    begin(of(tmp_path))
+    (tmp_path / "run" / "model").mkdir()
+    for part in ("model", "recipe.yaml"):
+        with pytest.raises(RecipeError, match=f"The run is {tmp_path / 'run'}"):
+            folder.open_run(tmp_path / "run" / part)
 
 
 def test_runs_beside_a_misspelt_one_are_named(tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 from slimtune.core import attach
 from slimtune.errors import MethodError
-from slimtune.methods import Pfeiffer
+from slimtune.methods import Full, Pfeiffer
 from slimtune.sparsity.hard_concrete import HardConcrete
 from slimtune.sparsity.l0 import L0
 from slimtune.sparsity.target import Target, targets
@@ -59,3 +59,12 @@ def test_a_loss_that_is_not_finite_is_refused():
     seen.loss = lambda m, b: m.weight.sum() * float("nan")
     with pytest.raises(MethodError, match="the loss at step 0"):
         rule.score(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gates_on_weights_of_16_bits_learn_in_32(dtype):
+    delta = attach(tiny("bert").to(dtype), Full())
+    scores = L0(steps=10).score(View(delta, targets(delta, "base"), [batch("bert")]))
+    flat = torch.cat([s.flatten() for s in scores.values()])
+    assert bool(flat.isfinite().all())
+    assert len(flat.unique()) > 0.9 * len(flat)  # so that few ties are broken by their order alone

@@ -4,7 +4,7 @@ import torch
 
 from slimtune.core import attach
 from slimtune.errors import MethodError
-from slimtune.methods import Full
+from slimtune.methods import Full, Gates
 from slimtune.sparsity.movement import Movement, soft_masks
 from slimtune.sparsity.target import targets
 from slimtune.sparsity.view import View
@@ -155,3 +155,12 @@ def test_refusals():
         Movement(rows=5).observe(seen, noise(seen, 0), noise(seen, 1))
     with pytest.raises(MethodError, match="no gradient"):
         Movement().observe(seen, {}, {})
+
+
+def test_gates_have_a_score_each():
+    delta = attach(tiny("bert"), [Full(), Gates()])
+    seen = View(delta, targets(delta, "gates"), [batch("bert")])
+    rule, gradients = Movement(rate=0.1, rows=4), seen.gradients(batch("bert"))
+    rule.observe(seen, gradients, seen.weights)
+    for name, score in rule.score(seen).items():
+        torch.testing.assert_close(score, -0.1 * gradients[name] * seen.weights[name])

@@ -9,7 +9,7 @@ from slimtune.sparsity.prune import prune
 from slimtune.sparsity.target import targets
 from slimtune.sparsity.view import View
 from slimtune.sparsity.wanda import Wanda
-from slimtune.testing import batch, tiny
+from slimtune.testing import batch, doubled, tiny
 
 
 def inputs_of(model, path, data):
@@ -34,7 +34,7 @@ def slow(weight, rows):
 def test_equation_without_padding(family, path):
     model, data = tiny(family).double(), [batch(family, seed=s) for s in range(2)]
     if family == "vit":
-        data = [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in data]
+        data = [doubled(b) for b in data]
         path = next(n for n, m in model.named_modules() if n.endswith(path.rpartition("layers.")[2]))
     kept = inputs_of(model, path, data)
     rows = torch.cat([x[b["attention_mask"].bool()] if "attention_mask" in b else x.flatten(0, 1)

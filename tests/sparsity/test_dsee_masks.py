@@ -132,3 +132,29 @@ def test_without_an_update_nothing_says_what_matters():
     delta = attach(tiny("bert"), [DSEE(**OWN), Gates()], name="b")
     with pytest.raises(MethodError, match="has 4 heads"):
         dsee_structured(delta, heads=4)
+
+
+def test_every_map_may_have_an_update_and_the_delta_says_what_was_pruned():
+    delta = trained(tiny("bert"), DSEE(**OWN, sites=("linear",)))
+    found = dsee_unstructured(delta, 0.9, 0.5, "AB")
+    assert found.kept == found.total // 2  # there is no other map, for 0.9 to be a share of
+    (told,) = delta.info["sparsity"]
+    assert (told["kept"], told["denominator"], told["criterion"]["mode"]) == (found.kept, "base", "AB")
+
+
+def test_random_masks_differ_from_site_to_site():
+    delta = attach(tiny("bert", num_hidden_layers=6), DSEE(**OWN))
+    dsee_unstructured(delta, 0.5, mode="random")
+    masks = [m for n, m in delta.masks.items() if "query" in n or "value" in n]
+    assert len({m.numpy().tobytes() for m in masks}) == len(masks) == 12
+
+
+def test_what_is_no_share_or_mode_is_refused():
+    delta = attach(tiny("bert"), [DSEE(**OWN), Gates()])
+    for wrong in ({"ratio": 1.5}, {"ratio": 0.5, "update_ratio": -0.1}, {"ratio": 0.5, "mode": "BA"}):
+        with pytest.raises(MethodError, match=r"share|no mode 'BA'"):
+            dsee_unstructured(delta, **wrong)
+    for wrong in ({"heads": -1}, {"neurons": 2}):
+        with pytest.raises(MethodError, match=r"-1 were to go|share"):
+            dsee_structured(delta, **wrong)
+    assert not delta.masks

@@ -91,3 +91,9 @@ def test_what_does_not_fit_is_refused():
         assert not delta.masks
     assert as_granularity({"name": "block", "rows": 2, "columns": 3}) == Block(rows=2, columns=3)
     assert as_granularity("1:4") == NM(n=1, m=4)
+
+
+def test_n_of_m_by_name_takes_no_other_values():
+    assert as_granularity({"name": "2:4"}) == NM(n=2, m=4)
+    with pytest.raises(MethodError, match="rows"):
+        as_granularity({"name": "2:4", "rows": 4})

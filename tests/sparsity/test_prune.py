@@ -146,3 +146,11 @@ def test_the_same_seed_draws_the_same_whatever_else_is_pruned():
     two = st.attach(tiny("bert"), st.methods.LoRA(rank=2))
     prune(two, 0.5, "random", on="both", allocation="uniform")
     assert all(torch.equal(two.masks[n], m) for n, m in one.masks.items())
+
+
+@pytest.mark.parametrize("option", ["on", "ties", "rule"])
+def test_an_option_that_does_not_exist_is_refused(option):
+    delta = st.attach(tiny("bert"), st.methods.LoRA(rank=2))
+    with pytest.raises(MethodError, match=f"no {option}='exakt'"):
+        prune(delta, 0.5, **{option: "exakt"})
+    assert not delta.masks

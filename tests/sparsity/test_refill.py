@@ -95,3 +95,10 @@ def test_empty_channels_are_sliced_off_with_what_reads_them():
 def test_there_must_be_a_mask():
     with pytest.raises(MethodError, match="no mask to refill"):
         refill_delta(st.attach(tiny("bert"), st.methods.Full()))
+
+
+def test_gates_have_no_rows():
+    delta = st.attach(tiny("bert"), st.methods.Gates())
+    prune(delta, 0.3, on="gates")
+    with pytest.raises(MethodError, match="no rows"):
+        refill_delta(delta, on="gates")

@@ -42,6 +42,8 @@ VARIANTS = [
     ("bitfit", {"sites": ("attn.q", "mlp.up")}, "bert"),
     ("houlsby", {"compat": "official", "dropout": 0.1, "blocks": (-1,)}, "llama"),
     ("pfeiffer", {"head": "none"}, "bert"),
+    ("gates", {"hidden": True}, "bert"),
+    ("gates", {"hidden": True, "sites": ()}, "llama"),
     ("prompt_tuning", {"init": "normal", "towers": ("decoder",)}, "bart"),
     ("prompt_tuning", {"towers": ("vision", "text")}, "clip"),
 ]

@@ -1,13 +1,10 @@
 """Every fault of the injector is refused by the layer that can tell, and nothing is run or changed."""
 import hashlib
-import os
 import pickle
 import shutil
-import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,11 +23,8 @@ INFO = {"methods": [{"name": "lora", "rank": 4, "alpha": 16.0, "dropout": 0.1, "
 
 
 @pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where there is a disk of it: thousands of small files are slow on a busy one."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as home:
-        yield Path(home)
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """kill -9 at every file operation of a run; it then resumes unaided and ends bitwise as if nothing had happened."""
 import dataclasses
 import errno
-import gc
 import random
 import shutil
 
@@ -16,15 +15,7 @@ from slimtune.train.checkpoint import MANIFEST, read_checkpoint, step_of, verify
 SHORT = TrainSpec(**{**SPEC.model_dump(), "steps": 2, "save_every": 1, "eval_every": 2, "log_every": 1, "keep": 1})
 """Two steps, both saved; the second save deletes the first checkpoint."""
 ENDS_WITH = ["checkpoint-2", "metrics.jsonl"]
-
-
-@pytest.fixture(autouse=True)
-def quick_gc():
-    """accelerate collects garbage at every start, over all of torch: half a second, a hundred times."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_gc")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
 """kill -9 of a private run: what was spent is never forgotten, and a step taken again is spent once."""
-import gc
 import random
 import shutil
 
@@ -15,14 +14,7 @@ SHORT = TrainSpec(**{**SPEC.model_dump(exclude={"gradient_accumulation"}), "step
                      "eval_every": 3, "log_every": 1, "keep": 2, "clip": None})
 SEEDED = PrivacySpec(noise_multiplier=1.0, delta=1e-3, accountant="rdp", batch_size=6, seed=4)
 SECRET = SEEDED.model_copy(update={"seed": None})
-
-
-@pytest.fixture(autouse=True)
-def quick_gc():
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_gc")
 
 
 def private(folder, privacy=SEEDED):

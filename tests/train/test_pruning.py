@@ -1,13 +1,26 @@
 """Masks that change in a run: against a plain loop with W' = m * W, from every checkpoint, and through kill -9."""
-import gc
+import copy
 import shutil
 
 import pytest
 import torch
 from pydantic import ValidationError
-from test_resume import copy_run
 from torch.func import functional_call
-from train_toys import ROWS, SPEC, accuracy, attached, collate, rows, run, sha
+from train_toys import (
+    EVERY,
+    ROWS,
+    SPEC,
+    accuracy,
+    attached,
+    check_killed,
+    check_resumes,
+    collate,
+    copy_run,
+    rows,
+    run,
+    same_masks,
+    sha,
+)
 
 import slimtune as st
 from slimtune.errors import MethodError, RecipeError
@@ -18,22 +31,12 @@ from slimtune.sparsity.prune import prune
 from slimtune.sparsity.schedule import Cubic, OneShot, cubic, rewound
 from slimtune.sparsity.target import targets
 from slimtune.testing import tiny
-from slimtune.testing.kill import file_operations, run_killed
 from slimtune.train import DeltaCallback, PruneSpec, TrainSpec, fit
 from slimtune.train.checkpoint import checkpoints, read_checkpoint
 
 M = st.methods
-EVERY = TrainSpec(**{**SPEC.model_dump(), "save_every": 1, "keep": 99, "weight_decay": 0.1})
 RAMP = Cubic(begin=0, end=6, until=8, every=2)
-
-
-@pytest.fixture(autouse=True)
-def quick_gc():
-    """accelerate collects garbage at every start, over all of torch."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick_gc")
 
 
 def gradual(schedule=RAMP, **options):
@@ -98,24 +101,29 @@ CASES = {
     "movement": (M.Full(), gradual(criterion={"name": "movement", "step": "adam"}), {}),
     "both": (M.LoRA(rank=4, dropout=0.1), gradual(on="base", criterion="taylor"), {}),
     "grows": (M.Pfeiffer(bottleneck=4), gradual(Cubic(begin=1, end=6, every=1, reenter=False), on="both"), {}),
-    "gates": (M.Gates(), gradual(on="gates", by="weights", allocation=Budget(tokens=8)), {})}
+    "gates": (M.Gates(), gradual(on="gates", by="weights", allocation=Budget(tokens=8)), {}),
+    "hidden": (M.Gates(hidden=True), gradual(on="hidden", criterion="taylor"), {})}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_resume(tmp_path, case):
     method, pruning, options = CASES[case]
     spec = EVERY.model_copy(update=options)
-    delta, result = run(tmp_path / "whole", attached(method), spec, pruning=pruning)
+    steps = (1, 5) if case == "magnitude" else (5,)
+    delta = check_resumes(tmp_path, lambda: attached(method), spec, steps, pruning=pruning)
     assert all(not delta.state()[n][~m].any() for n, m in delta.masks.items() if n in delta.state())
-    for step in (1, 5) if case == "magnitude" else (5,):
-        copy_run(tmp_path / "whole", tmp_path / f"{step}", step)
-        torch.manual_seed(step)
-        again, other = run(tmp_path / f"{step}", attached(method), spec, pruning=pruning)
-        assert sha(again) == sha(delta)
-        assert again.masks.keys() == delta.masks.keys()
-        assert all(torch.equal(again.masks[n], m) for n, m in delta.masks.items())
-        assert other.history == result.history
-        assert again.info == delta.info
+
+
+def test_a_run_goes_back_to_before_its_masks(tmp_path):
+    """The delta in memory is further than the checkpoint: nothing of what it was pruned to stays."""
+    late = gradual(Cubic(begin=4, end=8, every=2))
+    delta, result = run(tmp_path / "whole", attached(M.Full()), EVERY, pruning=late)
+    info, digest = copy.deepcopy(delta.info), sha(delta)
+    copy_run(tmp_path / "whole", tmp_path / "back", 1)
+    _, other = run(tmp_path / "back", delta, EVERY, pruning=late)
+    assert sha(delta) == digest
+    assert other.history == result.history
+    assert delta.info == info
 
 
 def test_killed(tmp_path):
@@ -126,16 +134,7 @@ def test_killed(tmp_path):
     def go():
         return run(tmp_path / "run", attached(M.Full()), spec, pruning=pruning)
 
-    delta, _ = go()
-    shutil.rmtree(tmp_path / "run")
-    count = len(file_operations(go))
-    shutil.rmtree(tmp_path / "run")
-    for n in range(count // 4, count, count // 4):
-        assert run_killed(go, n)
-        again, _ = go()
-        assert sha(again) == sha(delta)
-        assert all(torch.equal(again.masks[name], m) for name, m in delta.masks.items())
-        shutil.rmtree(tmp_path / "run")
+    check_killed(tmp_path / "run", go)
 
 
 def test_masks_stay_from_the_last_on_and_in_the_file(tmp_path):
@@ -146,7 +145,7 @@ def test_masks_stay_from_the_last_on_and_in_the_file(tmp_path):
     assert all(torch.equal(bits[8][n], bits[9][n]) for n in bits[8])
     delta.save(tmp_path / "delta")
     again = st.load(tiny("bert"), tmp_path / "delta")
-    assert all(torch.equal(again.masks[n], m) for n, m in delta.masks.items())
+    assert same_masks(again, delta)
     wanted = [round(1 - sum(m.numel() - int(s * m.numel()) for m in delta.masks.values()) / sum(
         m.numel() for m in delta.masks.values()), 6) for s in (cubic(t, 0, 6, 0.8) for t in (2, 4, 6, 8))]
     assert [line["sparsity"] for line in result.history if "sparsity" in line][:4] == pytest.approx(wanted, abs=1e-6)
@@ -210,7 +209,7 @@ def test_masks_of_before_the_run_stay(tmp_path):
     assert all((delta.masks[n] <= m).all() for n, m in first.items())
     copy_run(tmp_path / "whole", tmp_path / "again", 3)
     again, _ = run(tmp_path / "again", attached(M.Full()), EVERY, pruning=pruning)  # the checkpoint tells
-    assert all(torch.equal(again.masks[n], m) for n, m in delta.masks.items())
+    assert same_masks(again, delta)
     assert again.info == delta.info
     assert [entry["kept"] for entry in delta.info["sparsity"]] == [2048, 4 * (2048 - 1638)]
 

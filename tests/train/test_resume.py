@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from train_toys import SPEC, accuracy, attached, collate, rows, run, sha
+from train_toys import SPEC, accuracy, attached, collate, copy_run, rows, run, sha
 
 import slimtune as st
 from slimtune.errors import RecipeError, TrainError
@@ -161,13 +161,3 @@ def test_a_run_may_move(tmp_path):
     again, other = run(tmp_path / "there", spec=spec)
     assert other.best == tmp_path / "there" / result.best.name
     assert sha(again) == sha(delta)
-
-
-def copy_run(source: Path, target: Path, step: int) -> None:
-    """The folder as it was when the run was killed just after that step's save, and before later lines."""
-    import shutil
-
-    shutil.copytree(source, target)
-    for path in checkpoints(target):
-        if int(path.name.partition("-")[2]) > step:
-            shutil.rmtree(path)

@@ -1,5 +1,7 @@
 """A toy task that a tiny BERT learns in a moment, and helpers to compare runs."""
 import hashlib
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import slimtune as st
 from slimtune.core.delta import Delta
 from slimtune.core.method import Method
 from slimtune.testing import tiny
+from slimtune.testing.kill import file_operations, run_killed
 from slimtune.train import TrainResult, TrainSpec, fit
+from slimtune.train.checkpoint import checkpoints
 
 ROWS = 22
 
@@ -47,6 +51,8 @@ def attached(method: Method | None = None, **changes: Any) -> Delta:
 
 SPEC = TrainSpec(epochs=3, batch_size=4, gradient_accumulation=2, learning_rate=1e-2, log_every=2, threads=1)
 """22 rows: 6 batches and 3 steps an epoch, the last batch of 2 rows."""
+EVERY = TrainSpec(**{**SPEC.model_dump(), "save_every": 1, "keep": 99, "weight_decay": 0.1})
+"""With decay, and every step saved."""
 
 
 def run(folder: Path, delta: Delta | None = None, spec: TrainSpec = SPEC, **options: Any) -> tuple[Delta, TrainResult]:
@@ -60,6 +66,47 @@ def sha(delta: Delta) -> str:
     for name, tensor in sorted(delta.state().items()):
         digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def copy_run(source: Path, target: Path, step: int) -> None:
+    """The folder as it was when the run was killed just after that step's save, and before later lines."""
+    shutil.copytree(source, target)
+    for path in checkpoints(target):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+
+
+def check_resumes(home: Path, make: Callable[[], Delta], spec: TrainSpec, steps: Sequence[int],
+                  **options: Any) -> Delta:
+    """From its checkpoints after these steps a run goes on to the same weights, masks, history and information."""
+    delta, result = run(home / "whole", make(), spec, **options)
+    for step in steps:
+        copy_run(home / "whole", home / f"{step}", step)
+        torch.manual_seed(step)
+        again, other = run(home / f"{step}", make(), spec, **options)
+        assert sha(again) == sha(delta)
+        assert same_masks(again, delta)
+        assert other.history == result.history
+        assert again.info == delta.info
+    return delta
+
+
+def same_masks(one: Delta, two: Delta) -> bool:
+    return one.masks.keys() == two.masks.keys() and all(torch.equal(one.masks[n], m) for n, m in two.masks.items())
+
+
+def check_killed(folder: Path, go: Callable[[], tuple[Delta, TrainResult]]) -> None:
+    """Killed at operations all over a run, it goes on to the very weights and masks."""
+    delta, _ = go()
+    shutil.rmtree(folder)
+    count = len(file_operations(go))
+    shutil.rmtree(folder)
+    for n in range(count // 4, count, count // 4):
+        assert run_killed(go, n)
+        again, _ = go()
+        assert sha(again) == sha(delta)
+        assert same_masks(again, delta)
+        shutil.rmtree(folder)
 
 
 def entries(folder: Path) -> list[str]:

@@ -9,7 +9,6 @@ The encoder was trained with mean pooling: the pooler that the classifier reads 
 trains it with the head, and the baseline is the better of two probes: the head alone, and the head with the pooler.
 """
 import argparse
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -22,14 +21,14 @@ from torch import nn
 
 from slimtune.bench.learning_page import page
 from slimtune.bench.learning_settings import BUDGET, HELD_OUT, PROBES, SETTINGS, TOKENS, Setting
+from slimtune.bench.results import record, recorded
 from slimtune.core import Delta, attach
 from slimtune.data import DataSpec, metrics, prepare
 from slimtune.data.examples import Examples, Prepared
 from slimtune.errors import MethodError, SlimtuneError, listing, suggest
 from slimtune.io.models import load_model, load_tokenizer
 from slimtune.methods import AdapterFusion, get
-from slimtune.recipe.env import environment
-from slimtune.recipe.folder import write_json, write_text
+from slimtune.recipe.folder import write_text
 from slimtune.train import fit, predict
 
 OUT, DOC = Path("benchmarks/results/learning.json"), Path("docs/learning.md")
@@ -112,17 +111,6 @@ def budget() -> dict[str, Any]:
     return {"train": train, "max_length": TOKENS, "held_out": HELD_OUT}
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The results on disk, or none. Errors: SlimtuneError for those of another budget."""
-    if not path.is_file():
-        return {"budget": budget(), "results": {}, "validation": {}, "probe_seeds": []}
-    found = json.loads(path.read_text())
-    if found.get("budget") != budget():
-        raise SlimtuneError(f"{path}: its results are of another budget.",
-                            "Write elsewhere with --out FILE, or delete it.")
-    return found
-
-
 def main() -> None:
     """Run, keep each result as it comes, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,10 +121,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=0, metavar="N", help="only the pooled probe, with N seeds")
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
-    found = read(options.out)
+    found = recorded(options.out, "budget", budget(), results={}, validation={}, probe_seeds=[])
     if options.seeds:
         found["probe_seeds"] = [learn(PROBES[1], Ground.load(), seed=seed)["macro_f1"] for seed in range(options.seeds)]
-        write_json(options.out, found | {"environment": environment()})
+        record(options.out, found)
     elif not options.page:
         _run(options.methods or list(SETTINGS), options.validate, found, options.out)
     lacking = [name for name in PROBES if name not in found["results"]] + ([] if found["probe_seeds"] else ["--seeds"])
@@ -155,7 +143,7 @@ def _run(chosen: Iterable[str], rates: Sequence[float] | None, found: dict[str, 
             found["results"][name] = _result(name, ground)
             print(name, found["results"][name], flush=True)
         found["results"] = dict(sorted(found["results"].items()))
-        write_json(out, found | {"environment": environment()})
+        record(out, found)
 
 
 def _validate(name: str, ground: Ground, rates: Iterable[float], tried: list[dict[str, float]]) -> None:

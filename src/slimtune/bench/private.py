@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.bench.private_page import page
+from slimtune.bench.results import record, recorded
 from slimtune.recipe import Recipe, read_recipe, run
-from slimtune.recipe.env import environment
-from slimtune.recipe.folder import write_json, write_text
+from slimtune.recipe.folder import write_text
 
 RECIPE = Path("recipes/private-sst2.yaml")
 OUT, DOC = Path("benchmarks/results/private_learning.json"), Path("docs/privacy.md")
@@ -52,17 +52,10 @@ def learn(level: str, seed: int, data: str | None = None, more: Iterable[str] = 
 
 
 def budget() -> dict[str, Any]:
-    """What the cells are runs of, as the results hold it; results of another budget are not kept."""
+    """What the cells are runs of, as the results hold it."""
     kept = ("model", "method", "privacy", "train")
     fixed = read_recipe(RECIPE).resolved()
     return {"levels": LEVELS, "max_length": fixed["data"]["max_length"], **{key: fixed[key] for key in kept}}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The results on disk."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    now = json.loads(json.dumps(budget()))
-    return found if found.get("budget") == now else {"budget": now, "cells": {}}
 
 
 def main() -> None:
@@ -77,7 +70,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write the table again")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    found = read(options.out)
+    found = recorded(options.out, "budget", budget(), cells={})
     for seed, level in () if options.page else product(options.seeds, options.levels):
         key = f"{level}/{seed}"
         if key in found["cells"]:
@@ -87,9 +80,9 @@ def main() -> None:
             break
         found["cells"][key] = learn(level, seed, options.data)
         print(key, found["cells"][key], flush=True)
-        write_json(options.out, found | {"environment": environment()})
+        record(options.out, found)
     if found["cells"]:
-        write_text(options.doc, page(read(options.out), options.doc.read_text() if options.doc.is_file() else ""))
+        write_text(options.doc, page(found, options.doc.read_text() if options.doc.is_file() else ""))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """The table of the private runs, between two marks of docs/privacy.md; what people wrote around it stays."""
 from collections.abc import Mapping
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from slimtune.bench.page import renewed, spread
 
 BEGIN, END = "<!-- results: made by python -m slimtune.bench.private -->", "<!-- end of results -->"
 
 
 def page(found: Mapping[str, Any], text: str) -> str:
-    """The page with its table renewed; a page without the marks gets the table at its end."""
-    table = f"{BEGIN}\n{results(found)}\n{END}"
-    if BEGIN in text and END in text:
-        return text[:text.index(BEGIN)] + table + text[text.index(END) + len(END):]
-    return (text.rstrip() + "\n\n" if text.strip() else "") + table + "\n"
+    """The page with its table renewed. Errors: SlimtuneError for a page that is not empty and lacks the marks."""
+    return renewed(text, (BEGIN, END), results(found))
 
 
 def results(found: Mapping[str, Any]) -> str:
@@ -36,16 +35,6 @@ def _row(level: str, own: list[dict[str, Any]]) -> str:
         level, "no promise" if spent is None else f"{spent:.2f}", f"{own[0]['sigma']:.3f}", spread(scores),
         " ".join(f"{s:.3f}" for s in scores), f"{mean(c['macro_f1'] for c in own):.3f}",
         f"{mean(c['train_loss'] for c in own):.3f}"]) + " |"
-
-
-def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation.
-
-    Example:
-        >>> spread([0.5, 0.7]), spread([0.5])
-        ('0.600 ± 0.141', '0.500')
-    """
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _note(found: Mapping[str, Any]) -> str:

@@ -10,13 +10,13 @@ neurons are pruned, the rest sliced out and trained again with the dense model a
 of recipes/banking77.yaml: --text FOLDER, else SLIMTUNE_TEXT. Models go to --work.
 """
 import argparse
-import json
 import os
 import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,24 @@ from torch import Tensor, nn
 from slimtune.bench.prune_page import page
 from slimtune.bench.prune_peer import torch_pruning
 from slimtune.bench.prune_time import measure, quantised
+from slimtune.bench.results import record, recorded
 from slimtune.core import attach
 from slimtune.data import DataSpec, metrics, prepare
 from slimtune.data.examples import Prepared
 from slimtune.data.loyalty import label_loyalty, probability_loyalty
+from slimtune.errors import SlimtuneError
 from slimtune.io.model_folder import save_model
 from slimtune.io.models import load_model, load_tokenizer
 from slimtune.methods import get
 from slimtune.objectives.distillation import Distillation, Teacher
-from slimtune.recipe.env import environment
-from slimtune.recipe.folder import write_json, write_text
+from slimtune.recipe.folder import write_text
 from slimtune.sparsity.budget import Budget
 from slimtune.sparsity.macs import count_macs
 from slimtune.sparsity.prune import prune
 from slimtune.sparsity.shrink import shrink
 from slimtune.train import TrainSpec, fit, predict
 
-OUT, DOC, PICTURE = Path("benchmarks/results/prune.json"), Path("docs/prune.md"), Path("docs/prune.svg")
+OUT, DOC = Path("benchmarks/results/prune.json"), Path("docs/prune.md")
 TEXT = os.environ.get("SLIMTUNE_TEXT", "../shared/data/text")
 MODEL, TOKENS, SCORED = "minilm", 32, 512
 LEVELS = (0.25, 0.5, 0.75)
@@ -92,19 +93,18 @@ class Bench:
 
     def make(self, arm: Arm) -> dict[str, Any]:
         """Prune and train the arm's model, save it, and score what was saved."""
-        start = time.monotonic()
+        start, before = time.monotonic(), None
         if arm.how == "dense":
             model = load_model(MODEL, "classification", label_names=self.data.label_names)
             self._train(model, DENSE)
         else:
             model = self._smaller(arm)
-            teacher = Teacher(self.model(Arm("dense")), TEACH)
-            before = self.score(model)
-            self._train(model, AGAIN, teacher)
+            before = self.score(model)["accuracy"]
+            self._train(model, AGAIN, Teacher(self.model(Arm("dense")), TEACH))
         save_model(model, self.folder(arm), self.tokenizer)
         row = self.score(self.model(arm))
-        row["before_training"] = None if arm.how == "dense" else before["accuracy"]  # type: ignore[possibly-undefined]
-        return {**row, "seconds": round(time.monotonic() - start, 1)}
+        peer = {"version": version("torch-pruning")} if arm.how == "torch-pruning" else {}
+        return {**row, **peer, "before_training": before, "seconds": round(time.monotonic() - start, 1)}
 
     def _smaller(self, arm: Arm) -> nn.Module:
         model = self.model(Arm("dense"))
@@ -147,28 +147,32 @@ def loyalty(dense: Tensor, logits: Tensor) -> dict[str, float]:
 
 
 def setting() -> dict[str, Any]:
-    """What every arm gets; results of another setting are not kept."""
-    return json.loads(json.dumps({
-        "model": MODEL, "tokens": TOKENS, "scored": SCORED, "data": DATA, "teach": TEACH.model_dump(mode="json"),
-        "dense": DENSE.model_dump(mode="json"), "again": AGAIN.model_dump(mode="json")}))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The results on disk, if they are of the present setting."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if found.get("setting") == setting() else {"setting": setting(), "arms": {}, "latency": {}}
+    """What every arm gets."""
+    return {"model": MODEL, "tokens": TOKENS, "scored": SCORED, "data": DATA, "teach": TEACH.model_dump(mode="json"),
+            "dense": DENSE.model_dump(mode="json"), "again": AGAIN.model_dump(mode="json")}
 
 
 def train(bench: Bench, arms: Iterable[Arm], found: dict[str, Any], out: Path) -> None:
     """Every arm that has no row or no model yet."""
     for arm in arms:
-        if arm.name in found["arms"] and (bench.folder(arm).is_dir() or "refused" in found["arms"][arm.name]):
+        if arm.name in found["arms"] and bench.folder(arm).is_dir():
             continue
         row = bench.make(arm)
         files = {"model": (bench.folder(arm) / "slimtune.safetensors").stat().st_size}
         found["arms"][arm.name] = {"how": arm.how, "level": arm.level, **row, "bytes": files}
         print(arm.name, found["arms"][arm.name], flush=True)
-        write_json(out, found | {"environment": environment()})
+        record(out, found)
+
+
+def deploy(bench: Bench, found: dict[str, Any]) -> None:
+    """Score the int8 graphs of what was trained, and time it all. Errors: SlimtuneError for an arm without a model."""
+    if lacking := [name for name in found["arms"] if not (bench.work / name).is_dir()]:
+        raise SlimtuneError(f"{bench.work}: it has no model of {', '.join(lacking)}.",
+                            "Give the folder with --work, or train first: --train.")
+    made = {name: bench.work / name for name in found["arms"]}
+    found["int8"] = {name: row | loyalty(bench.dense, logits)
+                     for name, row, logits in quantised(made, bench.batches(8, 8)[0], bench.data)}
+    found["latency"] = measure(made, bench.batches(32, 32)[0], TOKENS)
 
 
 def main() -> None:
@@ -181,23 +185,22 @@ def main() -> None:
     parser.add_argument("--text", default=TEXT, help="folder of the text sets")
     parser.add_argument("--work", type=Path, default=Path("runs/prune"))
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--doc", type=Path, default=DOC, help="the page; its picture goes beside it")
     options = parser.parse_args()
-    found = read(options.out)
+    found = recorded(options.out, "setting", setting(), arms={}, latency={})
     arms = [arm for arm in ARMS if arm.name in options.arms]
-    only = options.train or options.time or options.page
-    if options.train or not only:
-        train(Bench(options.text, options.work), arms, found, options.out)
-    if options.time or not only:
+    if not options.page:
         bench = Bench(options.text, options.work)
-        made = {name: bench.work / name for name in found["arms"] if (bench.work / name).is_dir()}
-        found["int8"] = {name: row | loyalty(bench.dense, logits)
-                         for name, row, logits in quantised(made, bench.batches(8, 8)[0], bench.data)}
-        found["latency"] = measure(made, bench.batches(32, 32)[0], TOKENS)
-        write_json(options.out, found | {"environment": environment()})
+        if options.train or not options.time:
+            train(bench, arms, found, options.out)
+        if options.time or not options.train:
+            deploy(bench, found)
+            record(options.out, found)
     if found["arms"]:
-        text, picture = page(found)
-        write_text(DOC, text)
-        write_text(PICTURE, picture)
+        drawn = options.doc.with_suffix(".svg")
+        text, picture = page(found, drawn.name)
+        write_text(options.doc, text)
+        write_text(drawn, picture)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+TEST = 3_080
 HEAD = """# A smaller encoder for one task
 
 Made by `python -m slimtune.bench.prune`; do not edit. Figures: `benchmarks/results/prune.json`.
 
-MiniLM-L6 (6 layers of 384) fine-tuned on the 77 intents of banking77: 10,003 training and 3,080 test questions of at
+MiniLM-L6 (6 layers of 384) fine-tuned on the 77 intents of banking77: 10,003 training and {test:,} test questions of at
 most {tokens} tokens, {dense[epochs]:g} epochs. Then a share of the multiply-adds of heads and neurons is pruned in one
 step, the model is sliced, and trained again for {again[epochs]:g} epochs with the dense model as its teacher (weight
 {teach[weight]:g}, temperature {teach[temperature]:g}). One seed; the standard error of an accuracy is about
@@ -18,8 +19,8 @@ whether the training loss falls; the last step is scored.
 - fisher: heads and neurons by squared gradients of their gates on {scored} training questions, under a budget of
   multiply-adds over all layers together (Kwon et al., 2022).
 - magnitude: the same share of heads and of neurons in each layer, by the sum of the magnitudes of their weights.
-- torch-pruning: Torch-Pruning 1.6.1's BasePruner with group magnitudes, whole heads, hidden dimensions left alone, at
-  the smallest ratio that reaches the share; trained again as the others.
+- torch-pruning: Torch-Pruning {version}'s BasePruner with group magnitudes, whole heads, hidden dimensions left alone,
+  at the smallest ratio that reaches the share; trained again as the others.
 
 {models}
 {times}
@@ -27,17 +28,23 @@ whether the training loss falls; the last step is scored.
 """
 MODELS = ("| model | parameters | multiply-adds, {tokens} tokens | file, float32 | file, int8 | accuracy when sliced | "
           "accuracy | label loyalty | probability loyalty | accuracy, int8 |\n" + "|---" * 10 + "|\n")
+BELOW = 1.0
+"""Points below the dense model at which the picture has its dashed line."""
+PICTURE = f"""![accuracy against speed]({{drawn}})
+
+The dashed line is {BELOW:g} point below the dense model's accuracy in float32 PyTorch."""
 
 
-def page(found: Mapping[str, Any]) -> tuple[str, str]:
-    """(the document, the picture as SVG)."""
+def page(found: Mapping[str, Any], drawn: str = "prune.svg") -> tuple[str, str]:
+    """(the document, the picture as SVG). drawn: the picture's file, as the document names it."""
     setting, arms = found["setting"], found["arms"]
     accuracy = arms.get("dense", {}).get("accuracy", 0.8)
     text = HEAD.format(tokens=setting["tokens"], scored=setting["scored"], dense=setting["dense"],
                        again=setting["again"], teach=setting["teach"],
-                       error=100 * (accuracy * (1 - accuracy) / 3080) ** 0.5,
-                       models=_models(found), times=_times(found), picture="![accuracy against speed](prune.svg)"
-                       if found.get("latency") else "")
+                       error=100 * (accuracy * (1 - accuracy) / TEST) ** 0.5, test=TEST,
+                       version=arms.get("torch-pruning-50", {}).get("version", ""),
+                       models=_models(found), times=_times(found),
+                       picture=PICTURE.format(drawn=drawn) if found.get("latency") else "")
     return text, picture(found)
 
 
@@ -101,6 +108,7 @@ def picture(found: Mapping[str, Any]) -> str:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "slimtune"  # else every drawing has other identifiers
     from matplotlib import pyplot
 
     marks = {"torch": "o", "onnxruntime float32": "s", "onnxruntime int8": "^"}
@@ -112,7 +120,7 @@ def picture(found: Mapping[str, Any]) -> str:
             panel.plot(speed, accuracy, marks[engine], color=colours[how], markersize=7, alpha=0.85)
         panel.set_title(f"batch {size}")
         panel.set_xlabel("times as fast as dense float32 PyTorch")
-        panel.axhline(100 * found["arms"]["dense"]["accuracy"] - 1, color="#999999", linewidth=0.8, linestyle="--")
+        panel.axhline(100 * found["arms"]["dense"]["accuracy"] - BELOW, color="#999999", linewidth=0.8, linestyle="--")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("test accuracy, %")
     handles = [pyplot.Line2D([], [], color=c, marker="o", linestyle="", label=h) for h, c in colours.items()]

@@ -1,4 +1,5 @@
 """The same share of multiply-adds pruned by Torch-Pruning, as its users do it: groups by magnitude, heads whole."""
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -6,25 +7,29 @@ import torch
 from torch import nn
 
 from slimtune.core import dissect
+from slimtune.errors import SlimtuneError
 from slimtune.sparsity.macs import count_macs
+
+RATIOS = 40
+"""Ratios are tried in steps of one of so many."""
 
 
 def torch_pruning(model: nn.Module, level: float, batch: Mapping[str, Any], tokens: int) -> nn.Module:
     """Heads and neurons pruned to at most 1 - level of the multiply-adds, by the ratio that first reaches it.
 
-    Hidden dimensions are left alone, so that the two prune the same things. Errors: ImportError without the package.
+    Hidden dimensions are left alone, so that the two prune the same things. Errors: ImportError without the package;
+    SlimtuneError when no ratio below 1 reaches it.
     """
-    for step in range(1, 40):
-        ratio = step / 40
-        small = _at(model, ratio, batch)
-        if count_macs(small, tokens=tokens).total <= (1 - level) * count_macs(model, tokens=tokens).total:
+    most = (1 - level) * count_macs(model, tokens=tokens).total
+    for step in range(1, RATIOS):
+        small = _at(model, step / RATIOS, batch)
+        if count_macs(small, tokens=tokens).total <= most:
             return small
-    raise RuntimeError(f"Torch-Pruning reached no {level:.0%}.")
+    raise SlimtuneError(f"Torch-Pruning reached no {level:.0%} of the multiply-adds at any ratio below 1.",
+                        "Ask for a smaller share.")
 
 
 def _at(model: nn.Module, ratio: float, batch: Mapping[str, Any]) -> nn.Module:
-    import copy
-
     import torch_pruning as tp
 
     small = copy.deepcopy(model).eval()

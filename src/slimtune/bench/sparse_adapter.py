@@ -8,7 +8,6 @@ before it is trained, by which criterion, and is a large sparse one better than 
 The questions are those of recipes/banking77.yaml: --text FOLDER, else SLIMTUNE_TEXT.
 """
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -18,14 +17,14 @@ from typing import Any
 
 from torch import nn
 
+from slimtune.bench.results import record, recorded
 from slimtune.bench.sparse_adapter_page import NONE, page
 from slimtune.core import attach
 from slimtune.data import DataSpec, metrics, prepare
 from slimtune.data.examples import Prepared
 from slimtune.io.models import load_model, load_tokenizer
 from slimtune.methods import get
-from slimtune.recipe.env import environment
-from slimtune.recipe.folder import write_json, write_text
+from slimtune.recipe.folder import write_text
 from slimtune.sparsity.prune import prune
 from slimtune.train import TrainSpec, fit, predict
 
@@ -91,8 +90,8 @@ def learn(arm: Arm, ground: Ground, seed: int) -> dict[str, Any]:
             sizes |= {"matrices": done.total, "kept": done.kept}
         with tempfile.TemporaryDirectory() as folder:
             trained = fit(delta, data.train, None, data.collate, None, BUDGET.model_copy(update={"seed": seed}), folder)
-        zeros = sum(int((delta.state()[n] != 0).sum()) for n in delta.masks)
-        assert not delta.masks or zeros <= sizes["kept"], "a pruned weight came back"
+        state = delta.state()
+        assert not any(state[n][~mask].any() for n, mask in delta.masks.items()), "a pruned weight came back"
         found = predict(ground.model, data.test, data.collate, by_length=True, precision=BUDGET.precision)
         trainable = delta.count().adapter
     finally:
@@ -103,16 +102,9 @@ def learn(arm: Arm, ground: Ground, seed: int) -> dict[str, Any]:
 
 
 def budget() -> dict[str, Any]:
-    """What every cell gets; results of another budget are not kept."""
+    """What every cell gets."""
     train = BUDGET.model_dump(mode="json", exclude={"seed"})
-    return json.loads(json.dumps({"model": MODEL, "bottleneck": BOTTLENECK, "data": DATA, "scored": SCORED,
-                                  "train": train}))
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The results on disk, if they are of the present budget."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    return found if found.get("budget") == budget() else {"budget": budget(), "cells": {}}
+    return {"model": MODEL, "bottleneck": BOTTLENECK, "data": DATA, "scored": SCORED, "train": train}
 
 
 def main() -> None:
@@ -125,7 +117,7 @@ def main() -> None:
     parser.add_argument("--doc", type=Path, default=DOC)
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
-    found, until = read(options.out), time.monotonic() + 60 * options.minutes
+    found, until = recorded(options.out, "budget", budget(), cells={}), time.monotonic() + 60 * options.minutes
     todo = [] if options.page else [(s, arm) for s in options.seeds for arm in ARMS
                                     if f"{arm.title}/{s}" not in found["cells"]]
     ground = Ground.load(options.text) if todo else None
@@ -135,7 +127,7 @@ def main() -> None:
             break
         cell = found["cells"][f"{arm.title}/{seed}"] = {**asdict(arm), "seed": seed, **learn(arm, ground, seed)}
         print(arm.title, seed, {k: cell[k] for k in ("accuracy", "train_loss", "kept", "seconds")}, flush=True)
-        write_json(options.out, found | {"environment": environment()})
+        record(options.out, found)
     if found["cells"]:
         write_text(options.doc, page(found))
 

@@ -3,18 +3,19 @@ from collections.abc import Mapping
 from statistics import mean, stdev
 from typing import Any
 
+from slimtune.bench.page import spread
+
 HEAD = """# SparseAdapter: adapters pruned before they are trained
 
 Made by `python -m slimtune.bench.sparse_adapter`; do not edit. Figures: `benchmarks/results/sparse_adapter.json`.
 
-Houlsby adapters of {b.bottleneck} units (1x) on MiniLM-L6, {shots} questions of each of the 77 intents of banking77,
+Houlsby adapters of {b[bottleneck]} units (1x) on MiniLM-L6, {shots} questions of each of the 77 intents of banking77,
 {test} test questions; {t[epochs]:g} epochs of batch {t[batch_size]}, AdamW at {t[learning_rate]:g} (head and pooler,
 which all arms train, at {t[head_learning_rate]:g}), {t[precision]} under autocast; the last step is scored. Scores of
 weights come from {scored} training questions. Only the down and up matrices are pruned, one threshold for all
-(`global`); the share is of those. Rates were set once for the dense adapter and are the same for all.
-Test accuracy in %, mean and standard
-deviation over {seeds} seeds of new weights; the standard error of the test questions, which are the same for all, is
-about {error:.1f} points.
+(`global`); the share is of those. Rates were set once for the dense adapter and are the same for all. Test accuracy in
+%, mean and standard deviation over {seeds} seeds of new weights; the standard error of the test questions, which are
+the same for all, is about {error:.1f} points.
 
 | adapter | weights of the matrices that live | trained numbers | accuracy | against 1x dense, seed by seed |
 |---|---|---|---|---|
@@ -24,40 +25,22 @@ NONE = "head and pooler alone"
 
 
 def page(found: Mapping[str, Any]) -> str:
-    """The document of the results."""
+    """The document of the results: {"budget": ..., "cells": {"title of an arm/seed": {...}}}."""
     arms: dict[str, list[dict[str, Any]]] = {}
-    for cell in found["cells"].values():
-        arms.setdefault(_title(cell), []).append(cell)
+    for key, cell in found["cells"].items():
+        arms.setdefault(key.rpartition("/")[0], []).append(cell)
     dense = {c["seed"]: 100 * c["accuracy"] for c in arms.get("1x dense", [])}
     rows = [_row(title, cells, dense) for title, cells in sorted(arms.items(), key=lambda arm: arm[0] != NONE)]
     budget = found["budget"]
     accuracy = mean(dense.values()) if dense else 50.0
-    head = HEAD.format(b=_Get(budget), t=budget["train"], shots=budget["data"]["shots"],
+    head = HEAD.format(b=budget, t=budget["train"], shots=budget["data"]["shots"],
                        test=f"{budget['data']['test_size']:,}", scored=budget["scored"], seeds=len(dense),
                        error=100 * (accuracy / 100 * (1 - accuracy / 100) / budget["data"]["test_size"]) ** 0.5)
     return head + "\n".join(rows) + "\n" + _answers(arms, dense)
 
 
-class _Get:
-    """A mapping's values as attributes, for a format string."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.__dict__.update(values)
-
-
-def _title(cell: Mapping[str, Any]) -> str:
-    if not cell["times"]:
-        return NONE
-    name = "ER" if cell["allocation"] == "er" else cell["criterion"]
-    return f"{cell['times']}x {name}" + (f" {cell['sparsity']:.0%}" if cell["sparsity"] else "")
-
-
 def _gains(cells: list[dict[str, Any]], dense: Mapping[int, float]) -> list[float]:
     return [100 * c["accuracy"] - dense[c["seed"]] for c in cells if c["seed"] in dense]
-
-
-def _spread(values: list[float], sign: str = "") -> str:
-    return f"{mean(values):{sign}.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def _row(title: str, cells: list[dict[str, Any]], dense: Mapping[int, float]) -> str:
@@ -65,8 +48,8 @@ def _row(title: str, cells: list[dict[str, Any]], dense: Mapping[int, float]) ->
     kept = cells[0]["kept"]
     living = "none" if title == NONE else "all" if kept is None else f"{kept:,}"
     return (f"| {title} | {living} | {cells[0]['trainable']:,} | "
-            f"{_spread([100 * c['accuracy'] for c in cells])} | "
-            f"{'' if title == '1x dense' else _spread(gains, '+') if gains else ''} |")
+            f"{spread([100 * c['accuracy'] for c in cells], 1)} | "
+            f"{'' if title == '1x dense' else spread(gains, 1, '+') if gains else ''} |")
 
 
 def _answers(arms: Mapping[str, list[dict[str, Any]]], dense: Mapping[int, float]) -> str:
@@ -78,7 +61,7 @@ def _answers(arms: Mapping[str, list[dict[str, Any]]], dense: Mapping[int, float
                          ("Large-Sparse, 2x at 50 %, beats the dense adapter of as many weights", "2x snip 50%"),
                          ("Large-Sparse, 3x at 67 %", "3x snip 67%"), ("Large-Sparse, 4x at 75 %", "4x snip 75%")):
         if gains := _gains(arms.get(title, []), dense):
-            lines.append(f"- {claim}: {_spread(gains, '+')} points: {_verdict(gains)}.")
+            lines.append(f"- {claim}: {spread(gains, 1, '+')} points: {_verdict(gains)}.")
     best = max(arms, key=lambda t: mean(c["accuracy"] for c in arms[t]))
     lines.append(f"- The best row is {best}.")
     return "\n".join(lines) + "\n"

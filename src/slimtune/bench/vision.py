@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from slimtune.bench.results import record, recorded
 from slimtune.bench.vision_page import page
 from slimtune.bench.vision_settings import (
     BUDGET,
@@ -41,8 +42,7 @@ from slimtune.io.images import load_image_input
 from slimtune.io.models import load_model
 from slimtune.methods import get
 from slimtune.methods import names as method_names
-from slimtune.recipe.env import environment
-from slimtune.recipe.folder import write_json, write_text
+from slimtune.recipe.folder import write_text
 from slimtune.train import fit, predict
 
 OUT, DOC = Path("benchmarks/results/vision_learning.json"), Path("docs/vision.md")
@@ -101,20 +101,21 @@ def cells(seeds: Iterable[int], sets: Iterable[str], titles: Iterable[str]) -> I
 
 
 def budget() -> dict[str, Any]:
-    """What every cell gets, as the results hold it; results of another budget are not kept."""
+    """What every cell gets, as the results hold it."""
     return {"model": MODEL, "size": SIZE, "train_size": TRAIN, "sets": SETS,
             "train": BUDGET.model_dump(mode="json", exclude={"learning_rate", "head_learning_rate", "seed"})}
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results on disk, a cell and a tried rate kept only if its setting is the present one."""
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("budget") != json.loads(json.dumps(budget())):
-        return {"budget": budget(), "cells": {}, "validation": {}}
+    """The results on disk, a cell and a tried rate kept only if its setting is the present one.
+
+    Errors: SlimtuneError for those of another budget.
+    """
+    found = recorded(path, "budget", budget(), cells={}, validation={})
     found["cells"] = {key: cell for key, cell in found["cells"].items()
                       if cell["setting"] == said(SETTINGS.get(key.split("/")[1]))}
     found["validation"] = {title: {name: _now(title, scores) for name, scores in sets.items()}
-                           for title, sets in found.get("validation", {}).items()}
+                           for title, sets in found["validation"].items()}
     return found
 
 
@@ -165,7 +166,7 @@ def main() -> None:
     found = read(options.out)
     titles = known(options.methods)
     if options.validate:
-        _validate(titles, options, found)
+        validate(titles, options, found)
     elif not options.page:
         _run(cells(options.seeds, options.sets, titles), options, found)
     if found["cells"]:
@@ -195,10 +196,10 @@ def _run(todo: Iterable[Cell], options: argparse.Namespace, found: dict[str, Any
         print(key, {k: v for k, v in cell.items() if k != "setting"}, flush=True)
         found |= read(options.out)     # another process may have added its own
         found["cells"][key] = cell
-        write_json(options.out, found | {"environment": environment()})
+        record(options.out, found)
 
 
-def _validate(titles: list[str], options: argparse.Namespace, found: dict[str, Any]) -> None:
+def validate(titles: list[str], options: argparse.Namespace, found: dict[str, Any]) -> None:
     """The accuracy of each rate on a fifth of the training images of the first seed."""
     for name in options.sets:
         ground = load(name, SEEDS[0], options.images, HELD_OUT)
@@ -211,7 +212,7 @@ def _validate(titles: list[str], options: argparse.Namespace, found: dict[str, A
                 found |= read(options.out)     # another process may have added its own
                 own = found["validation"].setdefault(title, {}).setdefault(name, {})
                 own[f"{rate:g}"] = {"accuracy": score["accuracy"], "setting": said(setting)}
-                write_json(options.out, found | {"environment": environment()})
+                record(options.out, found)
 
 
 if __name__ == "__main__":

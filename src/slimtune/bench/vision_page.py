@@ -1,19 +1,17 @@
 """The table of the vision benchmark, between two marks of its page; what people wrote around it stays."""
 from collections.abc import Mapping
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
+from slimtune.bench.page import renewed, spread
 from slimtune.bench.vision_settings import ABOUT, BUDGET, HELD_OUT, SETS, SETTINGS, SIZE
 
 BEGIN, END = "<!-- results: made by python -m slimtune.bench.vision -->", "<!-- end of results -->"
 
 
 def page(found: Mapping[str, Any], text: str) -> str:
-    """The page with its table renewed; a page without the marks gets the table at its end."""
-    table = f"{BEGIN}\n{results(found)}\n{END}"
-    if BEGIN in text and END in text:
-        return text[:text.index(BEGIN)] + table + text[text.index(END) + len(END):]
-    return (text.rstrip() + "\n\n" if text.strip() else "") + table + "\n"
+    """The page with its table renewed. Errors: SlimtuneError for a page that is not empty and lacks the marks."""
+    return renewed(text, (BEGIN, END), results(found))
 
 
 def results(found: Mapping[str, Any]) -> str:
@@ -42,21 +40,14 @@ def _row(title: str, cells: Mapping[str, Any], sets: list[str]) -> str:
     whole = all(own.values())
     return "| " + " | ".join([
         title, values, f"{setting.rate:g}", f"{every[0]['trained']:,}",
-        *(spread([cell["accuracy"] for cell in own[name]]) for name in sets),
+        *(_of_seeds([cell["accuracy"] for cell in own[name]]) for name in sets),
         f"{mean(mean(cell['accuracy'] for cell in own[name]) for name in sets):.3f}" if whole else "",
         f"{mean(cell['seconds'] for cell in every):.0f}"]) + " |"
 
 
-def spread(values: list[float]) -> str:
-    """Mean and sample standard deviation, and how many.
-
-    Example:
-        >>> spread([0.5, 0.7]), spread([0.5]), spread([])
-        ('0.600 ± 0.141 (2)', '0.500 (1)', '')
-    """
-    if not values:
-        return ""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "") + f" ({len(values)})"
+def _of_seeds(values: list[float]) -> str:
+    """Mean and spread, and of how many seeds; nothing of none."""
+    return f"{spread(values)} ({len(values)})" if values else ""
 
 
 def _note(found: Mapping[str, Any]) -> str:

@@ -5,13 +5,13 @@ from typing import Annotated
 import typer
 
 from slimtune.cli.console import set_logging, size, table, verb
+from slimtune.cli.options import Overrides
 from slimtune.errors import RecipeError
 
 
 @verb
 def check(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, a .yaml file.")] = "",
-          overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Values that replace the "
-                                                                                      "recipe's.")] = None,
+          overrides: Overrides = None,
           schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes.")] = False) -> None:
     """Validate a recipe and its data; print counts, memory and steps. Trains nothing."""
     if schema:

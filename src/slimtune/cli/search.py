@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from slimtune.cli.console import set_logging, table, verb
+from slimtune.cli.options import Overrides
 from slimtune.errors import RecipeError
 
 app = typer.Typer(name="search", no_args_is_help=True, rich_markup_mode=None,
@@ -19,8 +20,7 @@ def root() -> None:
 @verb
 def intrinsic(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, a .yaml file; its method is not "
                                                                            "used.")],
-              overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Values that replace the "
-                                                                                          "recipe's.")] = None,
+              overrides: Overrides = None,
               sites: Annotated[str, typer.Option(help="Submodules, with commas between them; by default "
                                                       "attn.q,attn.v,mlp.up,mlp.down.")] = "",
               per_block: Annotated[bool, typer.Option("--per-block", help="Measure each block's apart.")] = False,

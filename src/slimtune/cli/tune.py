@@ -5,16 +5,15 @@ from typing import Annotated, Any
 import typer
 
 from slimtune.cli.console import set_logging, size, table, verb
+from slimtune.cli.options import Overrides, Quiet, Resume
 from slimtune.cli.progress import progress
 
 
 @verb
 def tune(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe, a .yaml file.")],
-         overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Values that replace the "
-                                                                                     "recipe's.")] = None,
-         resume: Annotated[bool, typer.Option(help="Go on with a run that was stopped; --no-resume refuses a folder "
-                                                   "that has one.")] = True,
-         quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False) -> None:
+         overrides: Overrides = None,
+         resume: Resume = True,
+         quiet: Quiet = False) -> None:
     """Train a delta and evaluate it; writes a run's folder, runs/NAME by default."""
     from slimtune.recipe import read_recipe, run
 

@@ -22,7 +22,7 @@ from slimtune.compress.latency import versions
 from slimtune.compress.onnx import export_onnx, open_onnx
 from slimtune.compress.openvino import export_openvino, open_openvino
 from slimtune.compress.traced import Proof, Run, Traced, prove
-from slimtune.core.atomic import write_folder
+from slimtune.core.atomic import refuse_foreign, write_folder
 from slimtune.core.manifest import RESTORE, read_manifest, verify_folder
 from slimtune.errors import DeltaError, SlimtuneError
 
@@ -76,6 +76,7 @@ def export_model(model: nn.Module, folder: Path | str, batch: Mapping[str, Any],
         raise SlimtuneError("int8 is written for onnxruntime: OpenVINO's needs nncf, which slimtune does not use.",
                             "Choose --to onnx, or leave int8 out.")
     folder = Path(folder)
+    refuse_foreign(folder.absolute(), MANIFEST)  # before the graph is made, which takes a while
     with TemporaryDirectory() as home:
         proof = _graph(model, Path(home), batch, to, int8)
         names = _GRAPHS[to]

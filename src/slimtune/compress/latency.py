@@ -67,29 +67,35 @@ def latency(callables: Mapping[str, Callable[[], Any]], rounds: int = 30, warmup
     """
     if not callables or rounds < 1:
         raise SlimtuneError(f"latency: {len(callables)} contenders and {rounds} rounds; it needs one of each.")
-    names = list(callables)
+    wall, cpu = timed(callables, rounds, warmup, (time.perf_counter, time.process_time))
+    first = next(iter(callables))
+    setting = {"batch": batch, "sequence": sequence, "threads": torch.get_num_threads(), **more,
+               "instruction_sets": list(instruction_sets()), "versions": versions()}
+    return Latency({n: spread(t) for n, t in wall.items()}, {n: spread(t) for n, t in cpu.items()},
+                   _ratios(wall, first), _ratios(cpu, first), rounds, setting)
+
+
+def timed(callables: Mapping[str, Callable[[], Any]], rounds: int, warmup: int,
+          clocks: Sequence[Callable[[], float]]) -> list[dict[str, list[float]]]:
+    """Milliseconds of each contender in each round, by each clock, the first of which is read closest to the work."""
+    names, found = list(callables), [{name: [] for name in callables} for _ in clocks]
     for _ in range(warmup):
         for name in names:
             callables[name]()
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
-        for name in _order(names, turn):
-            run, begin_cpu, begin = callables[name], time.process_time(), time.perf_counter()
+        for name in turns(names, turn):
+            run, begin = callables[name], [clock() for clock in reversed(clocks)][::-1]
             run()
-            wall[name].append(1e3 * (time.perf_counter() - begin))
-            cpu[name].append(1e3 * (time.process_time() - begin_cpu))
-    setting = {"batch": batch, "sequence": sequence, "threads": torch.get_num_threads(), **more,
-               "instruction_sets": list(instruction_sets()), "versions": versions()}
-    return Latency({n: _spread(t) for n, t in wall.items()}, {n: _spread(t) for n, t in cpu.items()},
-                   _ratios(wall, names[0]), _ratios(cpu, names[0]), rounds, setting)
+            for clock, start, times in zip(clocks, begin, found, strict=True):
+                times[name].append(1e3 * (clock() - start))
+    return found
 
 
-def _order(names: Sequence[str], turn: int) -> list[str]:
+def turns(names: Sequence[str], turn: int) -> list[str]:
     """Each contender in each place of the row as often as the others, and behind each neighbour on either side.
 
     Example:
-        >>> [_order("ab", turn) for turn in range(4)]
+        >>> [turns("ab", turn) for turn in range(4)]
         [['a', 'b'], ['b', 'a'], ['b', 'a'], ['a', 'b']]
     """
     at = turn // 2 % len(names)
@@ -97,7 +103,8 @@ def _order(names: Sequence[str], turn: int) -> list[str]:
     return row[::-1] if turn % 2 else row
 
 
-def _spread(times: Sequence[float]) -> Spread:
+def spread(times: Sequence[float]) -> Spread:
+    """The median of what was measured in each round, and how far it goes."""
     p10, p50, p90 = torch.quantile(torch.tensor(times, dtype=torch.float64),
                                    torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
     return Spread(p50, p10, p90)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.compress.extra import need, quiet
-from slimtune.compress.traced import Proof, Run, Traced, evaluating, plain_attention, prove, resized, shapes_to_try
+from slimtune.compress.traced import Proof, Run, Traced, plain_attention, prove, resized, shapes_to_try
+from slimtune.core.modes import evaluating
 from slimtune.errors import SlimtuneError
 
 OPSET = 20

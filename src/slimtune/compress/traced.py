@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core.keyvalues import PREFIX
+from slimtune.core.modes import evaluating
 from slimtune.errors import SlimtuneError, TrainError, listing
 
 TOLERANCE = 1e-4
@@ -34,11 +35,12 @@ class Traced(nn.Module):
 
     inputs: the tensors of an example batch, all but the labels; its numbers and booleans stay what they are.
     Errors: SlimtuneError for a batch without tensors, or with one that is neither text nor image, and for a model
-    that gives no logits for it.
+    that gives no logits for it, or whose weights are not float32.
     """
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         super().__init__()
+        _check_dtype(model)
         self.model = model
         self.fixed = {name: value for name, value in batch.items() if isinstance(value, bool | int | float)}
         self.inputs = _inputs(batch, self.fixed)
@@ -101,19 +103,10 @@ def longest(model: nn.Module) -> int:
     return max(2, limit - (getattr(config, "pad_token_id", None) or 0) - 1)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards as it was. Errors: SlimtuneError for weights that are not float32."""
+def _check_dtype(model: nn.Module) -> None:
     if odd := {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}:
         raise SlimtuneError(f"the model's weights are {listing(map(str, odd))}; it is exported from float32.",
                             "Call model.float() first; choose int8 for a smaller file.")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

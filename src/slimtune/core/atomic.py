@@ -36,7 +36,7 @@ try:
 except ImportError:                                         # Windows: no flock; writers must not race there
     fcntl = None
 
-__all__ = ["read_folder", "read_manifest", "recover", "verify_folder", "write_folder"]
+__all__ = ["read_folder", "read_manifest", "recover", "refuse_foreign", "verify_folder", "write_folder"]
 Content = bytes | Callable[[Path], None]
 _LEFT = re.compile(r"\.(tmp|old)-[0-9a-f]{32}-(.+)", re.DOTALL)
 _PATIENCE = 60.0                                            # seconds to wait for another writer
@@ -68,12 +68,12 @@ def write_folder(target: Path, files: Mapping[str, Content], manifest: Mapping[s
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent):
             _recover(target, manifest_name)
-            _refuse_foreign(target, manifest_name)
+            refuse_foreign(target, manifest_name)
             tmp.mkdir()
             held = _lock(tmp)                               # tells `recover` that its writer lives
         _fill(tmp, files, body, manifest_name)
         with _locked(target.parent):
-            _refuse_foreign(target, manifest_name)
+            refuse_foreign(target, manifest_name)
             _swap(tmp, target)
     except OSError as error:
         raise DeltaError(f"{target}: could not be written: {error.strerror or error}.",
@@ -178,8 +178,8 @@ def _swap(tmp: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)                  # the save is done; `recover` tidies what stays
 
 
-def _refuse_foreign(target: Path, manifest_name: str) -> None:
-    """Deletes nobody's data: only an empty folder or one that we wrote may be replaced."""
+def refuse_foreign(target: Path, manifest_name: str) -> None:
+    """Deletes nobody's data: only an empty folder or one that we wrote may be replaced. Errors: DeltaError."""
     other = "Choose another folder, or move that one away first."
     if target.is_symlink():
         raise DeltaError(f"{target}: a symlink, which is not replaced.", f"It points to {target.readlink()}.",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slimtune.core.attach import attach
 from slimtune.core.delta import Delta
 from slimtune.core.insert import CHILD
+from slimtune.core.mask import set_masks
 from slimtune.core.method import to_config
 from slimtune.core.switch import deltas, set_active
 from slimtune.errors import DeltaError, listing, suggest
@@ -24,7 +25,9 @@ def average(model: nn.Module, weights: Mapping[str, float], name: str) -> Delta:
     One delta of weight 1 gives that delta, bitwise. The sum is of parameters; to sum what the deltas do instead,
     which is exact for methods that are not linear in their parameters, see `activate(..., weights=...)`.
 
-    Errors: DeltaError for an unknown name, deltas of other methods than the first's, or labels that differ.
+    Of a masked tensor lives what lives in one of them.
+    Errors: DeltaError for an unknown name, deltas of other methods than the first's, or labels or masks of the backbone
+    that differ.
     Example:
         >>> from slimtune.methods import IA3
         >>> from slimtune.testing import tiny
@@ -42,6 +45,8 @@ def average(model: nn.Module, weights: Mapping[str, float], name: str) -> Delta:
     states = [(d.state(), w) for d, w in parts]
     mixed = {key: _sum(key, [(s[key], w) for s, w in states], bases.get(key)) for key in states[0][0]}
     delta = attach(model, lead.methods, name, seed=lead.seed, anatomy=lead.anatomy, state=mixed, labels="own")
+    if masks := _masks(parts):
+        set_masks(delta, masks)
     delta.info = dict(lead.info)
     set_active(root, *before)  # type: ignore[arg-type]
     return delta
@@ -65,7 +70,25 @@ def _parts(model: nn.Module, weights: Mapping[str, float]) -> list[tuple[Delta, 
         if delta.info.get("labels") != lead.info.get("labels") or _heads(delta) != _heads(lead):
             raise DeltaError(f"deltas '{lead.name}' and '{delta.name}' have other labels, so their heads do not "
                              "correspond.", "Use activate(..., weights=...).")
+        if not _same(_below(delta), _below(lead)):
+            raise DeltaError(f"deltas '{lead.name}' and '{delta.name}' mask the backbone otherwise, so they do not "
+                             "stand on the same weights.", "Give both the same masks: see Delta.set_masks.")
     return parts
+
+
+def _masks(parts: list[tuple[Delta, float]]) -> dict[str, Tensor]:
+    lead = parts[0][0]
+    names = [name for name in lead.masks if all(name in d.masks for d, _ in parts)]
+    return {n: torch.stack([d.masks[n].to(lead.masks[n].device) for d, _ in parts]).any(0) for n in names}
+
+
+def _below(delta: Delta) -> dict[str, Tensor]:
+    """Its masks of the backbone that it does not train."""
+    return {own.key: delta.masks[own.key] for own in delta.owned if own.group == "pruned"}
+
+
+def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(m, two[n].to(m.device)) for n, m in one.items())
 
 
 def _heads(delta: Delta) -> dict[str, torch.Size]:

@@ -22,8 +22,9 @@ from torch.autograd.function import once_differentiable
 from slimtune.core.insert import first
 from slimtune.errors import MethodError
 
-Grams = dict[tuple[Any, ...], Tensor]
-"""Products that several norms share, such as the one of the input of query, key and value."""
+Grams = dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]]
+"""Products that several norms share, such as the one of the input of query, key and value, behind their factors: a
+product is known by where its factors lie, so these must not be freed before it."""
 
 HELD = 8
 """How many of them are held at once."""
@@ -39,8 +40,12 @@ class Whole:
         return self.grads.reshape(-1, *shape)
 
     def sum(self, factors: Tensor, total: Tensor | None, shape: torch.Size) -> Tensor:
-        found = (factors.to(self.grads.dtype) @ self.grads.reshape(len(factors), -1)).view(shape)
+        found = (factors.to(self.grads) @ self.grads.reshape(len(factors), -1)).view(shape)
         return found if total is None else total.add_(found)
+
+    def at(self, i: int) -> "Whole":
+        """Of one example."""
+        return Whole(self.grads[i:i + 1])
 
 
 class Outer:
@@ -59,7 +64,7 @@ class Outer:
 
     def sum(self, factors: Tensor, total: Tensor | None, shape: torch.Size) -> Tensor:
         left, right = self._wide()
-        scale = factors.to(right.dtype)[:, None, None]
+        scale = factors.to(right)[:, None, None]
         if not left.is_floating_point():
             total = right.new_zeros(shape) if total is None else total
             return total.index_add_(0, left.flatten(), (scale * right).flatten(0, 1))
@@ -72,13 +77,19 @@ class Outer:
 
     def dot(self, other: "Outer", grams: Grams) -> Tensor:
         """<g_i, g_i'> with another use of the tensor. Shapes: (B)."""
-        (left, right), (left2, right2) = self._wide(), other._wide()
-        return (_gram(left, left2, grams) * _gram(right, right2, grams)).sum((1, 2))
+        return (_gram(self.left, other.left, grams) * _gram(self.right, other.right, grams)).sum((1, 2))
+
+    def at(self, i: int) -> "Outer":
+        """Of one example."""
+        return Outer(self.left[i:i + 1], self.right[i:i + 1])
 
     def _wide(self) -> tuple[Tensor, Tensor]:
-        """In float32 at least: what is summed must be what was measured."""
-        return tuple(t.float() if t.dtype in (torch.bfloat16, torch.float16) else t  # type: ignore[return-value]
-                     for t in (self.left, self.right))
+        return _widened(self.left), _widened(self.right)
+
+
+def _widened(t: Tensor) -> Tensor:
+    """In float32 at least: what is summed must be what was measured."""
+    return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
 
 
 def _gram(a: Tensor, b: Tensor, grams: Grams) -> Tensor:
@@ -86,19 +97,21 @@ def _gram(a: Tensor, b: Tensor, grams: Grams) -> Tensor:
     if a.dim() == 2 and b.dim() == 2:
         return a[:, :, None] == b[:, None, :]
     if a.dim() == 2:
-        return b.gather(2, a[:, None, :].expand(-1, b.shape[1], -1)).mT
+        return _widened(b).gather(2, a[:, None, :].expand(-1, b.shape[1], -1)).mT
     if b.dim() == 2:
-        return a.gather(2, b[:, None, :].expand(-1, a.shape[1], -1))
+        return _widened(a).gather(2, b[:, None, :].expand(-1, a.shape[1], -1))
     key = tuple((t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (a, b))
     if key not in grams:
         if len(grams) >= HELD:
             grams.pop(next(iter(grams)))
-        grams[key] = a @ b.mT
-    return grams[key]
+        grams[key] = a, b, _widened(a) @ _widened(b).mT
+    return grams[key][-1]
 
 
 class Rows:
     """The gradients of each example of one tensor, as the sum over its uses.
+
+    mask: entries that live, of the tensor's shape; the gradients of the others are 0. None: all live.
 
     Example:
         >>> rows = Rows(torch.Size([2, 3]), [Outer(torch.ones(4, 5, 2), torch.ones(4, 5, 3))])
@@ -106,8 +119,8 @@ class Rows:
         (tensor([12.2474, 12.2474, 12.2474, 12.2474]), tensor(20.))
     """
 
-    def __init__(self, shape: torch.Size, uses: list[Whole | Outer]) -> None:
-        self.shape, self.uses = shape, uses
+    def __init__(self, shape: torch.Size, uses: list[Whole | Outer], mask: Tensor | None = None) -> None:
+        self.shape, self.uses, self.mask = shape, uses, mask
 
     @property
     def size(self) -> int:
@@ -117,7 +130,8 @@ class Rows:
     def each(self) -> Tensor:
         """Shapes: (B, *shape)."""
         found = [use.each(self.shape) for use in self.uses]
-        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+        each = found[0] if len(found) == 1 else torch.stack(found).sum(0)
+        return each if self.mask is None else each.masked_fill(~self.mask, 0)
 
     def norms(self, grams: Grams) -> Tensor:
         """Shapes: (B). grams: shared by the tensors of one batch, whose inputs are all still held."""
@@ -126,19 +140,22 @@ class Rows:
             if len(self.uses) > 1:
                 self.uses = [Whole(self.each())]
             return self.each().reshape(self.size, -1).norm(dim=1)
-        total = torch.zeros((), dtype=torch.float64)
+        if self.mask is not None:  # a masked outer product is none: one example's at a time is made
+            return torch.stack([Rows(self.shape, [use.at(i) for use in outer], self.mask).each().norm()  # type: ignore
+                                for i in range(self.size)])
+        total = torch.zeros(())
         for i, use in enumerate(outer):
             total = total + use.dot(use, grams)
             for other in outer[:i]:
                 total = total + 2 * use.dot(other, grams)
-        return total.clamp_min(0).sqrt().to(torch.promote_types(outer[0].right.dtype, torch.float32))
+        return total.clamp_min(0).sqrt()
 
     def sum(self, factors: Tensor, total: Tensor | None = None) -> Tensor:
         """sum_i f_i g_i, added to `total` in place if there is one. Shapes: factors (B); the tensor's."""
         for use in self.uses:
             total = use.sum(factors, total, self.shape)
         assert total is not None
-        return total
+        return total if self.mask is None else total.masked_fill_(~self.mask, 0)
 
 
 Keep = Callable[[str, Whole | Outer], None]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from slimtune.core.anatomy import Tower
 from slimtune.core.delta import Delta
 from slimtune.core.insert import CHILD
-from slimtune.core.replay import Cut, Place, Replay, Stub, evaluating
+from slimtune.core.modes import evaluating
+from slimtune.core.replay import Cut, Place, Replay, Stub
 from slimtune.errors import DeltaError, MethodError, listing
 
 

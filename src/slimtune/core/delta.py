@@ -84,7 +84,8 @@ class Delta:
 
         A mask is True where a weight lives, and of the tensor's shape. A name `own.<path>` of the backbone that the
         delta does not train masks the backbone while the delta is active. Values of the delta that do not live are
-        set to 0, and cannot come back. Errors: DeltaError for an unknown name, or another shape; nothing is set then.
+        set to 0, and cannot come back. Errors: DeltaError for an unknown name, or another shape, for a merged delta,
+        and while a route is open; nothing is set then.
         Example:
             >>> from slimtune.core.attach import attach
             >>> from slimtune.testing import tiny
@@ -95,7 +96,11 @@ class Delta:
             224
         """
         self._alive()
-        set_masks(self, masks)
+        with LOCK:
+            if self.root.plan.routes:
+                raise DeltaError("a route is open on this model, and its answers need the weights as they are.",
+                                 "Set masks when it is closed.")
+            set_masks(self, masks)
 
     def count(self) -> Count:
         """What is trained and stored; see Count."""

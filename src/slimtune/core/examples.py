@@ -120,8 +120,9 @@ class ExampleGradients:
             self._replace(module, name, function)
 
     def _replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        own = {name: module.__dict__[name]} if name in module.__dict__ else {}  # such as accelerate's
         module.__dict__[name] = function
-        self.undo.append(lambda: module.__dict__.pop(name))
+        self.undo.append(lambda: (module.__dict__.pop(name), module.__dict__.update(own)))
 
 
 @contextmanager

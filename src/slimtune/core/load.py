@@ -10,10 +10,11 @@ from slimtune.core.attach import attach
 from slimtune.core.delta import Delta
 from slimtune.core.deltafile import read_delta
 from slimtune.core.fingerprint import fingerprint
-from slimtune.core.insert import CHILD, Root
+from slimtune.core.insert import CHILD, LOCK, Root
 from slimtune.core.labels import Labels
-from slimtune.core.mask import unpacked
+from slimtune.core.mask import set_masks, unpacked
 from slimtune.core.method import Method, from_config
+from slimtune.core.switch import set_active
 from slimtune.core.unfreeze import base_parameters, restore
 from slimtune.errors import DeltaError, SlimtuneError
 
@@ -30,20 +31,31 @@ def load_delta(model: nn.Module, folder: Path | str, name: str | None = None, la
     try:
         tensors, masks = unpacked(tensors, info.get("masks"))
         state = _values(model, info, tensors, masks)
-        delta = attach(model, _methods(info, folder), name or str(info.get("name") or "default"),
-                       seed=int(info.get("seed", 0)), anatomy=anatomy, state=state, labels=labels)
-        _mask(delta, masks)
+        with LOCK:  # no route opens on a delta without its masks
+            before = (root.plan.active, root.plan.weights) if isinstance(root, Root) else ((), {})
+            delta = attach(model, _methods(info, folder), name or str(info.get("name") or "default"),
+                           seed=int(info.get("seed", 0)), anatomy=anatomy, state=state, labels=labels)
+            try:
+                if masks:
+                    set_masks(delta, masks)
+                _check_counts(delta, info.get("counts"))
+            except DeltaError:
+                delta.detach()
+                if isinstance(root, Root):
+                    set_active(root, *before)
+                raise
     except DeltaError as error:
         raise DeltaError(f"{folder}: {error.what}", *error.more) from None
     delta.info = dict(info.get("info") or {})
-    counts = delta.count().as_dict()
-    told: Any = info.get("counts")
-    told = told if isinstance(told, dict) else {}
-    if any(told.get(part) != counts[part] for part in ("stored", "norms", "head", "backbone")):
-        delta.detach()  # what was trained may have been more: a reparametrisation is not stored
-        raise DeltaError(f"{folder}: its counts are not those of its tensors.",
-                         f"It says {told}, and holds {counts}.", "Nothing was loaded.")
     return delta
+
+
+def _check_counts(delta: Delta, told: Any) -> None:
+    counts, told = delta.count().as_dict(), told if isinstance(told, dict) else {}
+    if any(told.get(part) != counts[part] for part in ("stored", "norms", "head", "backbone")):
+        # what was trained may have been more: a reparametrisation is not stored
+        raise DeltaError("its counts are not those of its tensors.", f"It says {told}, and holds {counts}.",
+                         "Nothing was loaded.")
 
 
 def _methods(info: Mapping[str, Any], folder: Path | str) -> list[Method]:
@@ -68,16 +80,6 @@ def _check_base(model: nn.Module, anatomy: Anatomy, info: Mapping[str, Any], fol
                              f"{what} differ.", "Load the very model it was trained on; nothing was loaded.")
     if set(own) != set(told):
         raise DeltaError(f"{folder}: the fingerprint of its base is incomplete.", "Nothing was loaded.")
-
-
-def _mask(delta: Delta, masks: Mapping[str, Tensor]) -> None:
-    if not masks:
-        return
-    try:
-        delta.set_masks(masks)
-    except DeltaError:
-        delta.detach()
-        raise
 
 
 def _values(model: nn.Module, info: Mapping[str, Any], tensors: Mapping[str, Tensor],

@@ -7,13 +7,15 @@ delta does not train is replaced by its masked copy while the delta is active: a
 hold a mask as bits, a masked tensor as the values that live, and of a masked tensor of the backbone the bits alone.
 """
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from slimtune.core.bits import living, pack, spread, unpack
+from slimtune.core.insert import LOCK
+from slimtune.core.switch import set_active
 from slimtune.core.unfreeze import Owned, base_parameters, is_frozen_kind, places_of
 from slimtune.errors import DeltaError, suggest
 
@@ -26,8 +28,29 @@ PREFIX = "mask."
 
 @torch.no_grad()
 def set_masks(delta: "Delta", masks: Mapping[str, Tensor]) -> None:
-    """Let these masks, and no others, hold; see Delta.set_masks."""
-    tensors, base = delta.tensors(), base_places(delta)
+    """Let these masks, and no others, hold; see Delta.set_masks. An open route keeps the backbone that it reads."""
+    with LOCK:
+        base = _checked(delta, masks)
+        root, before = delta.root, (delta.root.plan.active, delta.root.plan.weights)
+        swaps = delta.active and (_pruned(delta) or any(name in base for name in masks))
+        if swaps:  # off and on by the switch, which keeps routes and the order of deltas
+            set_active(root, ())
+        try:
+            delta.owned = [own for own in delta.owned if own.group != "pruned"]
+            _prune(delta, {name: mask for name, mask in masks.items() if name in base}, base)
+            tensors = {**base, **delta.tensors()}
+            delta.masks = {name: mask.detach().to(tensors[name].device) for name, mask in masks.items()}
+            apply_masks(delta)
+        finally:
+            if swaps:
+                set_active(root, *before)
+
+
+def _checked(delta: "Delta", masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """What of the backbone can be masked. Errors: DeltaError; see Delta.set_masks."""
+    trained = {own.path for own in delta.owned if own.group != "pruned"}
+    tensors = delta.tensors()
+    base = {name: p for name, p in base_places(delta).items() if name.removeprefix("own.") not in trained}
     for name, mask in masks.items():
         known = tensors.get(name, base.get(name))
         if known is None:
@@ -39,24 +62,17 @@ def set_masks(delta: "Delta", masks: Mapping[str, Tensor]) -> None:
                              f"is {known.dtype} {tuple(known.shape)}.", "Give booleans of the tensor's shape.")
     if delta.merged:
         raise DeltaError(f"delta '{delta.name}' is merged.", "Call unmerge() first.")
-    active = delta.active
-    for own in [own for own in delta.owned if own.group == "pruned"]:
-        if active:
-            own.swap(False)
-        delta.owned.remove(own)
-    fresh = {name: base[name] for name in masks if name not in tensors}
+    return base
+
+
+def _prune(delta: "Delta", masks: Mapping[str, Tensor], base: Mapping[str, nn.Parameter]) -> None:
+    """Own masked copies of the backbone's tensors."""
     standing = base_parameters(delta.model)  # an active delta may train what this one masks
-    places = places_of(delta.model, {id(standing[name.removeprefix("own.")]) for name in fresh})
-    for name, parameter in fresh.items():
-        value = nn.Parameter(parameter.detach().masked_fill(~masks[name].to(parameter.device), 0), requires_grad=False)
-        path = name.removeprefix("own.")
-        own = Owned(path, "pruned", parameter, value, places[id(standing[path])])
-        delta.owned.append(own)
-        if active:
-            own.swap(True)
-    delta.masks = {name: mask.detach().to(tensors.get(name, base.get(name)).device)  # type: ignore[union-attr]
-                   for name, mask in masks.items()}
-    apply_masks(delta)
+    places = places_of(delta.model, {id(standing[name.removeprefix("own.")]) for name in masks})
+    for name, mask in masks.items():
+        path, parameter = name.removeprefix("own."), base[name]
+        value = nn.Parameter(parameter.detach().masked_fill(~mask.to(parameter.device), 0), requires_grad=False)
+        delta.owned.append(Owned(path, "pruned", parameter, value, places[id(standing[path])]))
 
 
 def base_places(delta: "Delta") -> dict[str, nn.Parameter]:
@@ -65,7 +81,9 @@ def base_places(delta: "Delta") -> dict[str, nn.Parameter]:
     return {f"own.{path}": swapped.get(id(p), p) for path, p in base_parameters(delta.model).items()}
 
 
-def _masked(delta: "Delta") -> Iterable[tuple[nn.Parameter, Tensor]]:
+def _masked(delta: "Delta") -> Iterator[tuple[nn.Parameter, Tensor]]:
+    if not delta.masks:
+        return
     tensors = delta.tensors()
     for name, mask in delta.masks.items():
         if name in tensors:

@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from slimtune.core.dropout import needs_plain_ops
 
-_PRIMES = (
+PRIMES = (
     2250897157, 2394597701, 2426786561, 2619639343, 2814794783, 2927271031, 3034209923, 3214943311,
     3317338621, 3414080977, 3527046937, 3699533951, 3795609113, 3917770063, 4093776623, 4200199273)
 """Larger than any d, so prime to it."""
@@ -77,7 +77,7 @@ def _cells(d: int, seed: int, numbers: int, start: int, stop: int, device: torch
         runs = torch.arange(k, k_stop, device=device)
         places = torch.arange(r, r_stop, device=device)
         own = runs == numbers // d  # the short run
-        a = (torch.tensor(_PRIMES, device=device) % d)[_mix(runs, order) & 15].masked_fill(own, 1)
+        a = (torch.tensor(PRIMES, device=device) % d)[_mix(runs, order) & 15].masked_fill(own, 1)
         b = ((_mix(runs, shift) & 0x7FFFFFFF) % d).masked_fill(own, 0)
         j = (a[:, None] * places + b[:, None]).remainder_(d)
         words = (_mix(runs, rows).to(torch.int32)[:, None] ^ _mix(places, columns).to(torch.int32)) * _WORD1

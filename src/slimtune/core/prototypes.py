@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from slimtune.core.anatomy import Tower
 from slimtune.core.insert import first
+from slimtune.core.modes import evaluating
 from slimtune.errors import DataError
 
 
@@ -30,23 +31,20 @@ def class_means(model: nn.Module, tower: Tower, batches: Iterable[Mapping[str, A
                for b in blocks]
     handles.append(blocks[-1].register_forward_hook(
         lambda m, a, out: seen.append((out[0] if isinstance(out, tuple) else out)[:, 0])))
-    modes = [m for m in model.modules() if m.training]
     tokens, labels = [], []
     try:
-        model.eval()
-        for batch in batches:
-            if not isinstance(given := batch.get("labels"), Tensor) or given.dim() != 1:
-                raise DataError("the classes' means need one label an example, and a batch has none.",
-                                f"It has: {' '.join(batch)}", "Add labels to the batches.")
-            seen.clear()
-            model(**batch)
-            tokens.append(torch.stack(seen))
-            labels.append(given)
+        with evaluating(model):
+            for batch in batches:
+                if not isinstance(given := batch.get("labels"), Tensor) or given.dim() != 1:
+                    raise DataError("the classes' means need one label an example, and a batch has none.",
+                                    f"It has: {' '.join(batch)}", "Add labels to the batches.")
+                seen.clear()
+                model(**batch)
+                tokens.append(torch.stack(seen))
+                labels.append(given)
     finally:
         for handle in handles:
             handle.remove()
-        for m in modes:
-            m.training = True
     return _means(tokens, labels)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from slimtune.core.delta import Delta
 from slimtune.core.insert import CHILD, first, thread
+from slimtune.core.modes import evaluating
 
 Feed: TypeAlias = Callable[[str, Tensor], Tensor]
 """(name of a state, the block's input) -> the state of the batch that runs. Shapes: both (B, T, d)."""
@@ -152,15 +153,3 @@ def states(delta: Delta, cut: Cut, batch: Mapping[str, Any]) -> dict[str, Tensor
         with suppress(_Enough):
             delta.model(**batch)
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of a `with`; afterwards every module has its own again."""
-    modes = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in modes:
-            module.training = True

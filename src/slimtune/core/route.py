@@ -237,7 +237,8 @@ def _dispatch(root: Root, module: nn.Module, name: str) -> None:
     if isinstance(current, _Routed):
         current.users += 1
     else:
-        module.__dict__[name] = _Routed(root, (id(module), name), getattr(module, name))
+        own = {name: current} if current is not None else {}  # such as accelerate's
+        module.__dict__[name] = _Routed(root, (id(module), name), getattr(module, name), own)
 
 
 def _undispatch(module: nn.Module, name: str) -> None:
@@ -245,13 +246,15 @@ def _undispatch(module: nn.Module, name: str) -> None:
     current.users -= 1
     if not current.users:
         del module.__dict__[name]
+        module.__dict__.update(current.own)
 
 
 class _Routed:
     """A module's function while some thread has a route."""
 
-    def __init__(self, root: Root, key: tuple[int, str], original: Callable[..., Any]) -> None:
-        self.root, self.key, self.original, self.users = root, key, original, 1
+    def __init__(self, root: Root, key: tuple[int, str], original: Callable[..., Any],
+                 own: dict[str, Callable[..., Any]]) -> None:
+        self.root, self.key, self.original, self.own, self.users = root, key, original, own, 1
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = self.root.plan.routes.get(thread())

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from slimtune.core.anatomy import Anatomy, Tower
 from slimtune.core.bound import weight_at
 from slimtune.core.init import Init, Params
+from slimtune.core.modes import evaluating
 from slimtune.core.sideshape import SUBLAYERS, Shape, block_sites, relative_table
 from slimtune.core.sites import Site, widths
 from slimtune.core.unfreeze import base_parameters, is_frozen_kind
@@ -213,21 +214,18 @@ def fisher(model: nn.Module, batches: Iterable[Mapping[str, Any]], samples: int 
     """
     parameters = {n: p for n, p in base_parameters(model).items() if not is_frozen_kind(p)}
     required = {n: p.requires_grad for n, p in parameters.items()}
-    modes = [m for m in model.modules() if m.training]
     total = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()}
     seen = 0
     try:
-        model.eval()
         for p in parameters.values():
             p.requires_grad_(True)
-        for example in _examples(batches, samples):
-            _add_squares(model, example, parameters, total)
-            seen += 1
+        with evaluating(model):
+            for example in _examples(batches, samples):
+                _add_squares(model, example, parameters, total)
+                seen += 1
     finally:
         for n, p in parameters.items():
             p.requires_grad_(required[n])
-        for m in modes:
-            m.training = True
     if not seen:
         raise DataError("the Fisher information needs examples, and there are none.")
     return total

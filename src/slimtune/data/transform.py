@@ -5,9 +5,11 @@
 The steps are those of transformers' own processors, bit for bit. Bytes are what is kept of an image; scaling and
 normalising happen a batch at a time.
 """
+import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,6 +101,16 @@ class Transform:
         if "labels" in rows[0]:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch | ({"interpolate_pos_encoding": True} if self.asked else {})
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the steps, without augmentation, as transformers' preprocessor_config.json."""
+        side = {"height": self.edge, "width": self.edge} if self.square else {"shortest_edge": self.edge}
+        told = {"image_processor_type": "ViTImageProcessor", "resample": self.resample,
+                "do_resize": self.edge is not None, **({"size": side} if self.edge is not None else {}),
+                "do_center_crop": True, "crop_size": {"height": self.size, "width": self.size},
+                "do_rescale": True, "rescale_factor": self.scale,
+                "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std)}
+        Path(folder, "preprocessor_config.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
     def about(self) -> dict[str, Any]:
         """What result.json keeps of it."""

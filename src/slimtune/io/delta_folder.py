@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from slimtune.core.atomic import write_folder
-from slimtune.core.deltafile import _check_finite, _header, _load, _save, _storable
 from slimtune.core.manifest import open_regular
+from slimtune.core.tensorfile import check_finite, header, load_tensors, save_tensors, storable
 from slimtune.errors import DeltaError, listing
 
 CONFIG, MANIFEST = "adapter_config.json", "slimtune.json"
@@ -32,8 +32,8 @@ def read_bytes(folder: Path, name: str) -> bytes:
 
 def safe(data: bytes, path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file's bytes. Errors: DeltaError."""
-    _header(data, path)
-    return _load(data, path)
+    header(data, path)
+    return load_tensors(data, path)
 
 
 Parse = Callable[[bytes, Path], dict[str, Tensor]]
@@ -44,7 +44,7 @@ def read_tensors(folder: Path, name: str, parse: Parse = safe) -> dict[str, Tens
     tensors = parse(read_bytes(folder, name), folder / name)
     if odd := [key for key, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise DeltaError(f"{folder}: {odd[0]!r} is {tensors[odd[0]].dtype}, and no tensor of floats.", NOTHING)
-    _check_finite(tensors, folder, f"{NOTHING} {AGAIN}")
+    check_finite(tensors, folder, f"{NOTHING} {AGAIN}")
     return {key: tensors[key] for key in sorted(tensors)}
 
 
@@ -57,9 +57,9 @@ def write_parts(folder: Path | str, parts: Mapping[str, Mapping[str, Any]], mani
     files: dict[str, Any] = {}
     for name, part in parts.items():
         if name.endswith(".safetensors"):
-            stored = _storable(part, folder)
-            _check_finite(stored, folder, "It was not saved. Go back to the last good checkpoint.")
-            files[name] = functools.partial(_save, stored)
+            stored = storable(part, folder)
+            check_finite(stored, folder, "It was not saved. Go back to the last good checkpoint.")
+            files[name] = functools.partial(save_tensors, stored)
         else:
             files[name] = json.dumps(part, indent=2, sort_keys=True).encode()
     write_folder(folder, files, manifest, manifest_name=MANIFEST)

@@ -23,8 +23,8 @@ NAME = "dinov2-s-saliency"
 SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 SIZES = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4, "image_size": 518,
          "patch_size": 14}
-_RENAMED = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
-            "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
+RENAMED = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
+           "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}
 PREPROCESSOR = {
     "image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"shortest_edge": 256}, "resample": 3,
     "do_center_crop": True, "crop_size": {"height": 224, "width": 224}, "do_rescale": True, "do_normalize": True,
@@ -93,6 +93,6 @@ def _state(data: bytes, path: Path, wanted: Mapping[str, torch.Tensor]) -> dict[
 
 
 def _renamed(key: str) -> str:
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         key = key.replace(old, new)
     return key

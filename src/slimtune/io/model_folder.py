@@ -19,9 +19,17 @@ from torch import Tensor, nn
 
 from slimtune.core import deltas
 from slimtune.core.atomic import recover, write_folder
-from slimtune.core.deltafile import _check_finite, _header, _load, _save, _storable, _version
 from slimtune.core.manifest import RESTORE, parse_json, read_folder, read_manifest
 from slimtune.core.sites import join
+from slimtune.core.tensorfile import (
+    check_finite,
+    described,
+    header,
+    load_tensors,
+    save_tensors,
+    slimtune_version,
+    storable,
+)
 from slimtune.errors import DeltaError, listing
 from slimtune.io.structure import difference, meta_like, put_tensors, rebuild, tensors_of
 
@@ -33,7 +41,7 @@ FORMAT, FORMAT_VERSION = "slimtune-model", 1
 def save_model(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, overwrite: bool = True) -> None:
     """Write a model of transformers, shrunk or not, as one folder, in one step; `load_model` reads it.
 
-    tokenizer: a tokenizer or image processor, or a list of them, that is written beside it.
+    tokenizer: a tokenizer, image processor or transform, or a list of them, that is written beside it.
     Errors: DeltaError for a model with deltas attached, one that is not of transformers, modules that could not be
     made again, a value that is not finite, and a folder that holds something else.
     Example:
@@ -55,16 +63,16 @@ def save_model(model: nn.Module, folder: Path | str, tokenizer: Any = None, *, o
     if not hasattr(config, "to_json_string") or not type(model).__module__.startswith("transformers."):
         raise DeltaError(f"{type(model).__name__} is no model of transformers, and could not be made again.",
                          "Save its state_dict with safetensors.")
-    if not overwrite and folder.exists() and any(folder.iterdir()):
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DeltaError(f"{folder}: is there already.", "Choose another folder, or pass overwrite=True.")
     structure = difference(model, meta_like(model, config))
-    tensors = _storable(tensors_of(model), folder)
-    _check_finite(tensors, folder, "It was not saved.")
-    table = {n: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)} for n, t in tensors.items()}
-    body = {"format": FORMAT, "format_version": FORMAT_VERSION, "slimtune": _version(), "class": type(model).__name__,
-            "base": base_path(model), "structure": structure.as_dict(), "tensors": table}
+    tensors = storable(tensors_of(model), folder)
+    check_finite(tensors, folder, "It was not saved.")
+    body = {"format": FORMAT, "format_version": FORMAT_VERSION, "slimtune": slimtune_version(),
+            "class": type(model).__name__, "base": base_path(model),
+            "structure": structure.as_dict(), "tensors": described(tensors)}
     files: dict[str, Any] = {**_beside(tokenizer, folder), CONFIG: _config(model),
-                             TENSORS: functools.partial(_save, tensors)}
+                             TENSORS: functools.partial(save_tensors, tensors)}
     if (generation := getattr(model, "generation_config", None)) is not None:
         files[GENERATION] = generation.to_json_string().encode()
     write_folder(folder, files, body, manifest_name=MANIFEST)
@@ -110,12 +118,12 @@ def read_model(folder: Path, *, shapes_only: bool = False) -> tuple[dict[str, An
         if TENSORS not in files or CONFIG not in files:
             raise DeltaError(f"{folder}: {MANIFEST} names {listing(sorted(files)) or 'no file'}.",
                              f"A model has {CONFIG} and {TENSORS}.", RESTORE)
-        if (found := _header(files[TENSORS], folder / TENSORS)) != (told := manifest.get("tensors")):
+        if (found := header(files[TENSORS], folder / TENSORS)) != (told := manifest.get("tensors")):
             odd = [n for n in found if not isinstance(told, dict) or told.get(n) != found[n]] or sorted(told or ())
             raise DeltaError(f"{folder}: {TENSORS} does not hold the tensors that {MANIFEST} names.",
                              f"They differ at: {listing(odd, 3)}.", RESTORE)
-        tensors = _load(files[TENSORS], folder / TENSORS)
-        _check_finite(tensors, folder, RESTORE)
+        tensors = load_tensors(files[TENSORS], folder / TENSORS)
+        check_finite(tensors, folder, RESTORE)
         parse_json(files[CONFIG], str(folder / CONFIG))
     if not isinstance(manifest.get("class"), str) or not isinstance(manifest.get("tensors"), dict) \
             or not isinstance(manifest.get("structure"), dict):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from slimtune.core.anatomy import dissect
 from slimtune.errors import RecipeError, SiteError, listing
+from slimtune.sparsity.view import task_loss
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 """(model, batch) -> the mean loss of the batch."""
@@ -115,11 +116,6 @@ def norm(value: Tensor) -> Tensor:
     return torch.linalg.vector_norm(value, dim=(1, 2), keepdim=True)
 
 
-def task_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The model's own mean loss."""
-    return model(**batch).loss
-
-
 def adversarial_backward(model: nn.Module, batch: Mapping[str, Tensor], spec: FreeLB, *,
                          generator: torch.Generator | None = None, loss: Loss = task_loss,
                          around: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -127,7 +123,7 @@ def adversarial_backward(model: nn.Module, batch: Mapping[str, Tensor], spec: Fr
     """Run the K passes; their gradients, of the mean loss over the passes, are added to the parameters' `.grad`.
 
     around: opened around each forward and backward pass, such as a new sample of gates. Returns the mean loss.
-    Errors: SiteError for a model without word embeddings.
+    Errors: SiteError for a model without word embeddings; MethodError for a batch without labels.
 
     Example:
         >>> from slimtune.testing import tiny, batch

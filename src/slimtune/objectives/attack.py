@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slimtune.errors import DataError, RecipeError
+from slimtune.errors import DataError, RecipeError, listing
 from slimtune.objectives.adversarial import Offset, ascend, offset, uniform_start
 
 
@@ -84,10 +84,12 @@ def pgd(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], spec: PGD, *,
         d <- P(d + rate * g / |g|_F),   P onto |d|_F <= radius;   broken as soon as one d changes the prediction
 
     The model runs in the mode it is in, so call eval() first; no parameter gets a gradient. batches: classification,
-    with labels.
+    with labels. Errors: DataError for a batch without them; SiteError for a model without word embeddings.
     """
     found: list[Attacked] = []
     for batch in batches:
+        if "labels" not in batch:
+            raise DataError(f"pgd needs labels; the batch has: {listing(batch)}.", "Add them to the batch.")
         labels = batch["labels"]
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         with offset(model, inputs, embed) as added, torch.enable_grad():

@@ -57,19 +57,20 @@ class Teacher:
         self.model, self.spec = model.eval().requires_grad_(False), spec
 
     def __call__(self, inputs: Mapping[str, Any], outputs: Any, loss: Tensor) -> Tensor:
-        plain = {key: value for key, value in inputs.items() if key != "labels"}
+        seq2seq = bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+        plain = {key: value for key, value in inputs.items() if key != "labels" or seq2seq}  # its decoder reads them
         with torch.no_grad():
             known = self.model(**plain).logits
-        student, known = _rows(outputs.logits, known, inputs)
+        student, known = _rows(outputs.logits, known, inputs, seq2seq)
         return (1 - self.spec.weight) * loss + self.spec.weight * divergence(student, known, self.spec.temperature)
 
 
-def _rows(student: Tensor, teacher: Tensor, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """One row an example, or a real token."""
+def _rows(student: Tensor, teacher: Tensor, inputs: Mapping[str, Any], seq2seq: bool) -> tuple[Tensor, Tensor]:
+    """One row an example, or a real token; a decoder's tokens are not those of attention_mask."""
     if student.dim() == 2 or student.shape != teacher.shape:
         return student, teacher
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.shape != student.shape[:2]:  # a decoder's tokens are not those of attention_mask
+    mask = None if seq2seq else inputs.get("attention_mask")
+    if mask is None or mask.shape != student.shape[:2]:
         labels = inputs.get("labels")
         mask = torch.ones(student.shape[:2]) if labels is None else labels != -100
     chosen = mask.bool().to(student.device)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from slimtune.core.bookkeeping import Rows
 from slimtune.core.delta import Delta
 from slimtune.core.examples import per_example
+from slimtune.core.modes import evaluating
 from slimtune.errors import MethodError, TrainError, listing
 from slimtune.privacy.losses import example_losses
 
@@ -79,15 +80,10 @@ def _gradients(delta: Delta, batch: Mapping[str, Any]) -> dict[str, Rows]:
 def _own_loss(delta: Delta, batch: Mapping[str, Any]) -> None:
     """Of one example alone, ours must be the model's own loss."""
     model, size = delta.model, len(batch["labels"])
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         alone = {key: value[:1] if isinstance(value, Tensor) and value.shape[:1] == (size,) else value
                  for key, value in batch.items()}
         own, ours = getattr(model(**alone), "loss", None), example_losses(model, alone)[0]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if own is not None and bool(own.isfinite()) and abs(float(own) - float(ours)) > 1e-2 * max(abs(float(own)), 1e-2):
         raise MethodError(f"{type(model).__name__} has loss {float(own):.4g} for an example whose labels say "
                           f"{float(ours):.4g}.", "Private training takes cross-entropy and squared error, each "

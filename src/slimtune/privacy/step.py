@@ -16,6 +16,7 @@ from torch import Tensor
 from slimtune.core.bookkeeping import Rows
 from slimtune.core.delta import Delta
 from slimtune.core.examples import per_example
+from slimtune.core.mask import mask_gradients
 from slimtune.errors import DeltaError
 from slimtune.privacy.clipping import agreed, dp_optimizer, join
 from slimtune.privacy.draws import rekey
@@ -70,7 +71,7 @@ class PrivateStep:
 
         Errors: DeltaError for a tensor without a gradient for each of them, or with one for all of them.
         """
-        rows = {}
+        rows, masks = {}, self.delta.masks
         for name, p in self.named.items():
             one = found.pop(name, None)
             if one is None or one.shape != p.shape or one.size != size:
@@ -80,6 +81,7 @@ class PrivateStep:
             if p.grad is not None:
                 raise DeltaError(f"{name} has a gradient of the whole batch beside those of its examples.",
                                  "The model reads it outside of the module that it stands in, past the clipping.")
+            one.mask = masks[name].to(p.device) if name in masks else None
             rows[id(p)] = one
         self.optimizer.rows = [rows.pop(id(p)) for p in self.optimizer.params]
         self._opacus(skip=True)
@@ -97,6 +99,7 @@ class PrivateStep:
         """Add the noise of a step, charge the ledger, divide, and set the gradients; also for a step without examples.
 
         What the methods add to the loss by themselves (Delta.penalty) holds no data, and is added behind the noise.
+        Of what masks hold at 0 the gradient is 0: neither clipped with the rest, nor noised.
         watch: set `live`, the names of state with a gradient of the step's examples, before noise.
         """
         if self.group is not None:
@@ -111,6 +114,7 @@ class PrivateStep:
             for p, grad in zip(values, torch.autograd.grad(extra, values, allow_unused=True), strict=True):
                 if grad is not None:
                     p.grad += grad  # type: ignore[operator]
+        mask_gradients(self.delta)
 
     @property
     def clip(self) -> float:

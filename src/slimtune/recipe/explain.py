@@ -2,7 +2,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from types import UnionType
-from typing import Any, get_args
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -121,14 +121,34 @@ def owner_of(key: Key, tree: Any, root: type[BaseModel]) -> tuple[str, list[str]
         name = node.get("name") if isinstance(node, Mapping) else None
         cls = registered().get(name) if isinstance(name, str) else None
         return (cls.__name__, own_first(cls)) if cls else ("a method", ["name"])
-    cls: Any = root
+    cls, node = root, tree
     for part in key:
         field = cls.model_fields.get(str(part))
-        cls = field.annotation if field else None
-        cls = next((c for c in get_args(cls) if c is not type(None)), cls) if isinstance(cls, UnionType) else cls
-        if not (isinstance(cls, type) and issubclass(cls, BaseModel)):
+        node = None if _lacks(node, part) else node[part]
+        found = _meant(_models(field.annotation), node) if field else None
+        if found is None:
             return dotted(key), []
+        cls = found
     return (dotted(key) or "a recipe"), list(cls.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The models that a field takes, unions and annotations looked through."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inside = get_args(annotation)[:1] if get_origin(annotation) is Annotated else get_args(annotation)
+    union = get_origin(annotation) in (Annotated, Union, UnionType)
+    return [cls for part in inside for cls in _models(part)] if union else []
+
+
+def _meant(models: Sequence[type[BaseModel]], node: Any) -> type[BaseModel] | None:
+    """Of a union's models the one that a mapping names, or else has most keys of; the first of equals."""
+    def fits(cls: type[BaseModel]) -> tuple[bool, int]:
+        if not isinstance(node, Mapping):
+            return False, 0
+        told = cls.model_fields.get("name")
+        return told is not None and told.default == node.get("name"), len(set(node) & set(cls.model_fields))
+    return max(models, key=fits, default=None)
 
 
 def _lacks(node: Any, part: str | int) -> bool:

@@ -9,16 +9,16 @@ from torch import nn
 
 from slimtune.compress.deploy import Exported, Target, export_model
 from slimtune.core import deltas
+from slimtune.data.spec import IMAGES, DataSpec
 from slimtune.data.transform import Transform
 from slimtune.errors import MethodError, RecipeError, listing
-from slimtune.io.images import load_image_input
-from slimtune.io.models import find_model, load_model, load_tokenizer
-from slimtune.recipe.folder import RECIPE, open_run
+from slimtune.io.models import load_model, load_tokenizer
+from slimtune.recipe.folder import RECIPE, no_run, open_run
+from slimtune.recipe.reader import reader
 from slimtune.recipe.use import load_run
 
-TASKS = ("classification", "regression", "token_classification", "image_classification")
+TASKS = ("classification", "regression", "token_classification", *IMAGES)
 _TEXTS = ("A text as an example.", "Another one, which is a few words longer than the first.")
-_PREPROCESSOR = "preprocessor_config.json"
 
 
 def export(source: Path | str, target: Path | str | None = None, to: Target = "onnx", int8: bool = False) -> Exported:
@@ -54,25 +54,30 @@ def _run(path: Path) -> Parts:
     about: dict[str, Any] = {"task": task, "delta": ", ".join(how), "max_length": recipe.data.max_length}
     if isinstance(tuned.tokenizer, Transform):
         about |= {"reads": asdict(tuned.tokenizer.plain()), "max_length": None}
-        batch = _images(tuned.tokenizer.collate, tuned.tokenizer.size)
+        batch = _images(tuned.tokenizer)
     else:
         batch = _texts(tuned.tokenizer, recipe.data.pair is not None)
-    return tuned.model, batch, _files(recipe.model, tuned.tokenizer), about
+    return tuned.model, batch, _files(tuned.tokenizer), about
 
 
 def _model(path: Path, name: str) -> Parts:
     if path.is_dir() and not (path / "config.json").is_file():
         raise RecipeError(f"{path}: neither a run nor a model: it has no {RECIPE} and no config.json.",
-                          f"It has: {listing(sorted(p.name for p in path.iterdir()), 12) or 'nothing'}")
+                          f"It has: {listing(sorted(p.name for p in path.iterdir()), 12) or 'nothing'}",
+                          *no_run(path).more)
+    if path.is_file():
+        raise RecipeError(f"{path}: a file, and neither a run nor a model.", *no_run(path).more,
+                          "Give the folder of a finished run, or of a model.")
     model = load_model(name)
     if not type(model).__name__.endswith("Classification"):
         raise RecipeError(f"{name}: a {type(model).__name__} has no head that classifies.",
                           "Give the folder of a run, or of a model with a head, as save_model writes it.")
     if model.main_input_name == "pixel_values":
-        side = load_image_input(name).positions or 224
-        return model, _pixels(side), _files(name, None), {"task": "image_classification"}
+        spec = DataSpec(task="image_classification", test=name)  # whatever a preprocessor says, and nothing else
+        transform = reader(name, spec)
+        return model, _images(transform), _files(transform), {"task": spec.task, "reads": asdict(transform)}
     tokenizer = load_tokenizer(name)
-    return model, _texts(tokenizer, False), _files(name, tokenizer), {"max_length": _most(tokenizer)}
+    return model, _texts(tokenizer, False), _files(tokenizer), {"max_length": _most(tokenizer)}
 
 
 def _most(tokenizer: Any) -> int | None:
@@ -85,23 +90,15 @@ def _texts(tokenizer: Any, pair: bool) -> dict[str, Any]:
     return dict(tokenizer(list(_TEXTS), padding=True, return_tensors="pt", **second))
 
 
-def _pixels(side: int) -> dict[str, Any]:
-    return {"pixel_values": torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))}
+def _images(transform: Transform) -> dict[str, Any]:
+    """A batch as the transform makes it, of random bytes."""
+    g, shape = torch.Generator().manual_seed(0), (3, transform.size, transform.size)
+    return transform.collate([{"pixel_values": torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)}
+                              for _ in range(2)])
 
 
-def _images(collate: Any, side: int) -> dict[str, Any]:
-    """A batch as the run's transform makes it, of random bytes."""
-    g = torch.Generator().manual_seed(0)
-    rows = [{"pixel_values": torch.randint(0, 256, (3, side, side), generator=g, dtype=torch.uint8)} for _ in range(2)]
-    return {key: value for key, value in collate(rows).items() if key != "labels"}
-
-
-def _files(model: str, tokenizer: Any) -> dict[str, bytes]:
-    """The files of a tokenizer, or of an image processor, by name."""
-    found = find_model(model)
-    if hasattr(tokenizer, "save_pretrained"):
-        with tempfile.TemporaryDirectory() as home:
-            tokenizer.save_pretrained(home)
-            return {p.name: p.read_bytes() for p in sorted(Path(home).iterdir()) if p.is_file()}
-    own = Path(found, _PREPROCESSOR) if isinstance(found, Path) else None
-    return {_PREPROCESSOR: own.read_bytes()} if own is not None and own.is_file() else {}
+def _files(tokenizer: Any) -> dict[str, bytes]:
+    """The files of a tokenizer, or of a transform of images, by name."""
+    with tempfile.TemporaryDirectory() as home:
+        tokenizer.save_pretrained(home)
+        return {p.name: p.read_bytes() for p in sorted(Path(home).iterdir()) if p.is_file()}

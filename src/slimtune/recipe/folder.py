@@ -131,21 +131,26 @@ def open_run(folder: Path | str) -> tuple[Path, Recipe]:
     """A run's folder and its recipe. Errors: RecipeError when it is no run, or has no delta yet."""
     path = Path(folder).expanduser()
     if not (path / RECIPE).is_file():
-        raise _no_run(path)
+        raise no_run(path)
     if not (path / DELTA / "delta.json").is_file():
         raise RecipeError(f"{path}: this run is not finished; it has no delta yet.",
-                          f"Go on with it: slimtune tune {path / RECIPE}")
+                          f"Go on with it: slimtune tune {path / RECIPE}, or slimtune prune for a smaller model.")
     return path, read_recipe(path / RECIPE)
 
 
-def _no_run(path: Path) -> RecipeError:
+def no_run(path: Path) -> RecipeError:
+    """What to say of a path that is no run's folder: what it is, and where runs are."""
+    home = path.absolute().parent
+    above = f"The run is {home}." if (home / RECIPE).is_file() else ""
     if (path / "delta.json").is_file():
         return RecipeError(f"{path}: the folder of a delta; a run's folder is needed, which says how its data is read.",
-                           f"It may be {path.absolute().parent}.")
+                           above)
     if path.is_dir():
         inside = sorted(p.parent.name for p in path.glob(f"*/{RECIPE}"))
         return RecipeError(f"{path}: not the folder of a run; it has no {RECIPE}.",
-                           f"Runs inside it: {listing(inside, 12)}" if inside else "")
+                           f"Runs inside it: {listing(inside, 12)}" if inside else "", above)
+    if path.exists():
+        return RecipeError(f"{path}: a file, not the folder of a run.", above)
     runs = sorted(p.parent.name for p in path.parent.glob(f"*/{RECIPE}")) if path.parent.is_dir() else []
     return RecipeError(f"{path}: no such folder.", f"Runs beside it: {listing(runs, 12)}" if runs else "",
                        suggest(path.name, runs))

@@ -3,11 +3,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import RecipeError
+from slimtune.core import attach
+from slimtune.core.merge import merged
+from slimtune.errors import MethodError, RecipeError
 from slimtune.io.model_folder import save_model
+from slimtune.io.models import load_model
 from slimtune.recipe.folder import open_run, write_json
+from slimtune.recipe.tree import Recipe
 from slimtune.recipe.use import load_run
 from slimtune.sparsity.shrink import Shrunk, shrink
+from slimtune.sparsity.target import SLICED
 
 MODEL, SHRUNK = "model", "shrunk.json"
 
@@ -33,14 +38,21 @@ def shrink_run(folder: Path | str) -> Smaller:
     path, _ = open_run(folder)
     tuned = load_run(path)
     done = shrink(tuned.model)
-    save_model(tuned.model, path / MODEL, tuned.tokenizer if hasattr(tuned.tokenizer, "save_pretrained") else None)
+    save_model(tuned.model, path / MODEL, tuned.tokenizer)
     found = Smaller(path / MODEL, done, sum(p.stat().st_size for p in (path / MODEL).glob("*.safetensors")))
     write_json(path / SHRUNK, found.as_dict())
     return found
 
 
-def need_prune(recipe: Any, name: str) -> None:
-    """Errors: RecipeError for a recipe that prunes nothing."""
+def need_prune(recipe: Recipe, name: str) -> None:
+    """Errors: RecipeError for a recipe that prunes nothing; MethodError for gates that no model is sliced by."""
     if recipe.prune is None:
         raise RecipeError(f"{name}: has no prune, so there is nothing to prune.",
                           "Say how much: prune.sparsity=0.5, with prune.on=gates to make the model smaller.")
+    if recipe.prune.on in SLICED:
+        model = load_model(recipe.model, recipe.data.task, label_names=recipe.data.labels or (), meta=True)
+        try:
+            merged(attach(model, recipe.method, recipe.delta_name), zeros="fill")
+        except MethodError as error:
+            raise MethodError(f"{name}: its delta cannot be folded in, so nothing could be sliced: {error.what}",
+                              "Train full or lora beside the gates, or keep the delta: slimtune tune.") from None

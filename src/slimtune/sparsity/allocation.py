@@ -69,6 +69,8 @@ def uniform(scores: Scores, sparsity: float, ties: Ties = "exact", rule: Rule = 
 
 def global_(scores: Scores, sparsity: float, ties: Ties = "exact", rule: Rule = "floor") -> Keep:
     """One threshold for all tensors."""
+    if not scores:
+        return {}
     flat = torch.cat([s.reshape(-1).float() if s.dtype != torch.float64 else s.reshape(-1) for s in scores.values()])
     keep = lowest(flat, removed(sparsity, flat.numel(), rule), ties)
     parts = keep.split([s.numel() for s in scores.values()])

@@ -3,7 +3,11 @@
 A file of this folder for each published criterion; `criteria()` scans it. What is pruned, how much of each tensor and
 when are the business of target, allocation and schedule, so that any criterion goes with any of them.
 """
-from typing import Any, ClassVar
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -44,9 +48,10 @@ class Criterion(BaseModel):
 
 
 _REGISTRY: dict[str, type[Criterion]] = {}
+C = TypeVar("C", bound=Criterion)
 
 
-def criterion(cls: type[Criterion]) -> type[Criterion]:
+def criterion(cls: type[C]) -> type[C]:
     """Make a criterion known by name. Usable as a decorator. Errors: MethodError when the name is taken."""
     name = key_of(cls)
     other = _REGISTRY.get(name)
@@ -59,15 +64,23 @@ def criterion(cls: type[Criterion]) -> type[Criterion]:
 
 def criteria() -> dict[str, type[Criterion]]:
     """Every criterion by name, sorted."""
+    _scan()
     return dict(sorted(_REGISTRY.items()))
 
 
 def find_criterion(name: str) -> type[Criterion]:
     """Errors: MethodError for an unknown name; it lists those that exist."""
-    if name not in _REGISTRY:
-        raise MethodError(f"no criterion is named '{name}'.", f"There are: {listing(criteria())}",
-                          suggest(name, criteria()))
-    return _REGISTRY[name]
+    known = criteria()
+    if name not in known:
+        raise MethodError(f"no criterion is named '{name}'.", f"There are: {listing(known)}", suggest(name, known))
+    return known[name]
+
+
+@cache
+def _scan() -> None:
+    """A criterion is known once its file was imported."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        import_module(f"{__package__}.{module.name}")
 
 
 def as_criterion(given: Criterion | str | dict[str, Any]) -> Criterion:

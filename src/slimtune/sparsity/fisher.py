@@ -30,8 +30,8 @@ class Fisher(Criterion):
     per: Per = Field("example", description="what one gradient is of; batches cost less")
 
     def score(self, view: View) -> dict[str, Tensor]:
-        total, n = dict[str, Tensor](), 0
+        weights, total, n = view.weights, dict[str, Tensor](), 0
         for found in gradients(view, "Fisher", self.per):
             total = {name: g.square() + total[name] if total else g.square() for name, g in found.items()}
             n += 1
-        return {name: view.weights[name].square() * f / (2 * n) for name, f in total.items()}
+        return {name: weights[name].square() * f / (2 * n) for name, f in total.items()}

@@ -3,6 +3,7 @@
     element    single weights        block    rows x columns of them        row, column    of a matrix
     n:m        n of each m weights that follow one another along the input
     whole      a tensor: with gates, all heads or all neurons of a layer
+    layer      a whole block: with gates, all its heads and neurons
     rank       row j of A and column j of B, of a delta's low-rank pair
 
 Every unit has one score, `how` of its weights' (mean, sum or max).
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from slimtune.core.method import explain
 from slimtune.errors import MethodError, listing, suggest
-from slimtune.sparsity.target import Target
+from slimtune.sparsity.target import Target, oriented
 
 Targets = Mapping[str, Target]
 
@@ -36,7 +37,8 @@ class Granularity(BaseModel):
         return {name: self.units(s, name) for name, s in scores.items()}
 
     def expand(self, keep: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
-        return {name: self.weights(k, _shape(targets[name])) for name, k in keep.items()}
+        shapes = {name: tuple(oriented(t.parameter, t).shape) for name, t in targets.items()}
+        return {name: self.weights(k, shapes[name]) for name, k in keep.items()}
 
     def units(self, score: Tensor, name: str) -> Tensor:
         raise NotImplementedError
@@ -49,11 +51,6 @@ class Granularity(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise explain(type(self), error) from None
-
-
-def _shape(target: Target) -> tuple[int, ...]:
-    shape = tuple(target.parameter.shape)
-    return shape[::-1] if target.transposed else shape
 
 
 How = Literal["mean", "sum", "max"]
@@ -127,6 +124,32 @@ class Whole(Granularity):
         return keep.reshape([1] * len(shape)).expand(shape).clone()
 
 
+class Layer(Granularity):
+    """All that stands in one block of a tower: of gates, its heads and its neurons.
+
+    Errors: MethodError for a target that stands in no block.
+    """
+
+    how: How = "mean"
+
+    def pool(self, scores: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        layers: dict[str, list[Tensor]] = {}
+        for name, score in scores.items():
+            layers.setdefault(_layer(name, targets), []).append(score.reshape(-1))
+        return {layer: _pooled(torch.cat(own), (0,), self.how).reshape(1) for layer, own in layers.items()}
+
+    def expand(self, keep: Mapping[str, Tensor], targets: Targets) -> dict[str, Tensor]:
+        return {name: keep[_layer(name, targets)].reshape([1] * t.parameter.dim()).expand(
+            oriented(t.parameter, t).shape).clone() for name, t in targets.items()}
+
+
+def _layer(name: str, targets: Targets) -> str:
+    blocks = {(site.tower, site.block) for site in targets[name].sites}
+    if len(blocks) != 1 or None in next(iter(blocks)):
+        raise MethodError(f"granularity 'layer': {name} stands in no one block.", "Prune gates, or the base.")
+    return ".".join(map(str, *blocks))
+
+
 class NM(Granularity):
     """n of each m weights along the input live: the sparsity is 1 - n / m, and no allocation decides it.
 
@@ -183,7 +206,8 @@ class Rank(Granularity):
 
 
 GRANULARITIES: dict[str, type[Granularity]] = {
-    "element": Element, "block": Block, "row": Row, "column": Column, "whole": Whole, "nm": NM, "rank": Rank}
+    "element": Element, "block": Block, "row": Row, "column": Column, "whole": Whole, "layer": Layer, "nm": NM,
+    "rank": Rank}
 
 
 def as_granularity(given: "Granularity | str | dict[str, Any]") -> Granularity:
@@ -193,7 +217,8 @@ def as_granularity(given: "Granularity | str | dict[str, Any]") -> Granularity:
     values = dict(given) if isinstance(given, dict) else {"name": given}
     name = str(values.pop("name", ""))
     if ":" in name and all(part.isdigit() for part in name.split(":", 1)):
-        return NM(n=int(name.split(":")[0]), m=int(name.split(":")[1]))
+        n, m = name.split(":", 1)
+        return NM(**{"n": int(n), "m": int(m), **values})
     if name not in GRANULARITIES:
         raise MethodError(f"no granularity is named '{name}'.", f"There are: {listing(GRANULARITIES)}, and 2:4",
                           suggest(name, GRANULARITIES))

@@ -47,7 +47,8 @@ class GraSP(Criterion):
         with smoothed(view, temperature), sdpa_kernel(SDPBackend.MATH):  # others have no second derivative
             first = summed(view, "GraSP")
             product = hessian_product(view, first)
-        scores = {name: view.weights[name] * hg for name, hg in product.items()}
+        weights = view.weights
+        scores = {name: weights[name] * hg for name, hg in product.items()}
         if self.compat == "paper":
             return scores
         size = torch.stack([s.sum().cpu() for s in scores.values()]).sum().abs() + 1e-10

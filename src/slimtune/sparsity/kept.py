@@ -1,4 +1,4 @@
-"""Kept: which heads and neurons a model is to keep, by what is asked for and by what its weights say."""
+"""Kept: the heads, neurons and hidden dimensions that a model is to keep, by what is asked for and by its weights."""
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
@@ -25,17 +25,19 @@ def alive(model: nn.Module, site: Site) -> Tensor:
 
 
 def chosen(anatomy: Anatomy, keep: Keep | None) -> dict[str, Tensor]:
-    """What is asked for, as booleans, by the name of the site.
+    """What is asked for, as booleans, by the name of the site, or `<tower>.hidden`.
 
-    Errors: SiteError for a site that is no heads or neurons of this backbone; MethodError for indices out of range.
+    Errors: SiteError for a name that is no heads, neurons or stream of this backbone; MethodError for indices out of
+    range.
     """
-    sites = {site.name: site for site in anatomy.sites if site.role in ROLES}
+    numbers = {f"{tower.name}.hidden": tower.width for tower in anatomy.towers} | {
+        site.name: units(site) for site in anatomy.sites if site.role in ROLES}
     found = {}
     for name, wanted in (keep or {}).items():
-        if name not in sites:
+        if name not in numbers:
             raise SiteError(f"shrink: keep names '{name}', which is no heads or neurons of {anatomy.model_type}.",
-                            f"It has: {listing(sites, 12)}", suggest(name, sites))
-        found[name] = _mask(name, units(sites[name]), wanted)
+                            f"It has: {listing(numbers, 12)}", suggest(name, numbers))
+        found[name] = _mask(name, numbers[name], wanted)
     return found
 
 

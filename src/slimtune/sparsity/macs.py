@@ -8,14 +8,17 @@ mask could save is not either: these are the MACs that a dense kernel executes.
 Source: Kwon et al., 2022, "A Fast Post-Training Pruning Framework for Transformers", arXiv 2204.09656, section 3.
 """
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from slimtune.core import Anatomy, Site, dissect
 from slimtune.core.insert import CHILD
-from slimtune.core.sites import LINEAR
+from slimtune.core.sites import LINEAR, widths
+from slimtune.core.stream import stream_norms
 from slimtune.errors import MethodError, listing, suggest
+from slimtune.sparsity.parts import Factored
+from slimtune.sparsity.structure import OUT
 
 Each = int | Sequence[int] | Mapping[str, int] | None
 
@@ -40,12 +43,15 @@ class Macs:
 
 
 def count_macs(model: nn.Module, tokens: int | Mapping[str, int] = 128, heads_kept: Each = None,
-               neurons_kept: Each = None, *, anatomy: Anatomy | None = None) -> Macs:
+               neurons_kept: Each = None, hidden_kept: int | None = None, *,
+               anatomy: Anatomy | None = None) -> Macs:
     """MACs of one example's forward through the blocks of a model, whatever shapes they have by now.
 
     tokens: of an example, or of each tower. heads_kept, neurons_kept: count as if only so many were left: one number
     for all blocks, one for each, or by site (`encoder.0.attn.heads`). Heads that share keys count as one.
-    Errors: MethodError for a tower whose number of tokens changes on the way, or for more heads than there are.
+    hidden_kept: of the residual stream, which every linear map of a block reads or writes.
+    Errors: MethodError for a tower whose number of tokens changes on the way, for more heads than there are, or for
+    hidden dimensions of a backbone that they cannot be cut of.
     Example:
         >>> from slimtune.testing import tiny
         >>> model = tiny("bert")
@@ -61,13 +67,14 @@ def count_macs(model: nn.Module, tokens: int | Mapping[str, int] = 128, heads_ke
     for tower in anatomy.towers:
         if tower.grid:
             raise MethodError(f"MACs of {anatomy.model_type} are not counted: its tokens change between stages.")
-    seen: set[str] = set()
+    lost, seen = _lost(anatomy, hidden_kept), set[str]()
+    sites = {name: _narrower(site, lost) for name, site in sites.items()}
     for site in sites.values():
         at = f"{site.tower}.{site.block}"
         if site.role in LINEAR and site.path not in seen:
             seen.add(site.path)  # a fused projection stands at three sites
             blocks[at] += _tokens(anatomy, tokens, site)[site.cross and site.role in ("attn.k", "attn.v")] \
-                * _weights(model.get_submodule(site.path))
+                * _weights(model.get_submodule(site.path), site, lost)
         if site.role == "attn.heads":
             own, other = _tokens(anatomy, tokens, site)
             blocks[at] += 2 * own * other * site.d_in
@@ -92,8 +99,27 @@ def _beside(site: Site, role: str) -> str:
     return site.name.removesuffix(site.role) + role
 
 
-def _weights(module: nn.Module) -> int:
-    return sum(p.numel() for name, p in module.named_parameters() if p.dim() > 1 and CHILD not in name.split("."))
+def _weights(module: nn.Module, site: Site, lost: int) -> int:
+    """The weights of a linear map, but for those of so many dimensions of the stream."""
+    side = module if not isinstance(module, Factored) else module.up if site.role in OUT else module.down
+    rows, columns = widths(side)[1::-1]
+    return sum(p.numel() for name, p in module.named_parameters() if p.dim() > 1 and CHILD not in name.split(".")
+               ) - lost * (columns if site.role in OUT else rows)
+
+
+def _lost(anatomy: Anatomy, kept: int | None) -> int:
+    if kept is None:
+        return 0
+    width = stream_norms(anatomy)[0].d_in
+    if not 0 <= kept <= width:
+        raise MethodError(f"count_macs: hidden_kept is {kept}, and the stream has {width} dimensions.")
+    return width - kept
+
+
+def _narrower(site: Site, lost: int) -> Site:
+    if site.role not in LINEAR:
+        return site
+    return replace(site, **({"d_out": site.d_out - lost} if site.role in OUT else {"d_in": site.d_in - lost}))
 
 
 def _tokens(anatomy: Anatomy, tokens: int | Mapping[str, int], site: Site) -> tuple[int, int]:

@@ -22,9 +22,8 @@ from torch import Tensor
 from slimtune.errors import MethodError
 from slimtune.sparsity.criterion import criterion
 from slimtune.sparsity.gradients import wide
-from slimtune.sparsity.moving import oriented
 from slimtune.sparsity.observe import Observing
-from slimtune.sparsity.target import Target
+from slimtune.sparsity.target import Target, oriented
 from slimtune.sparsity.view import View
 
 Step = Literal["sgd", "adam"]
@@ -36,7 +35,8 @@ class Movement(Observing):
     """Scores that follow -dL/dW' * W while the weights train; see Observing for how.
 
     rows, columns: of the block that shares a score, in (d_out, d_in); 0 for all of them. neurons: in the feed-forward
-    network one score for each neuron instead: a row of up and gate, a column of down.
+    network one score for each neuron instead: a row of up and gate, a column of down. What is no matrix, as gates, has
+    a score for each of its numbers.
     step="sgd" is the equation; the published runs take "adam", which soft movement needs, for tau is compared with
     sigma(S) and so the scale of S counts. strength: lambda; 0 is hard movement.
 
@@ -61,7 +61,9 @@ class Movement(Observing):
         now = self.strength if strength is None else strength
         for name, target in view.targets.items():
             pooled = self._pool(wide(gradients[name]) * wide(weights[name]), name, target)
-            score = kept.setdefault(name, torch.zeros_like(pooled))
+            if name not in kept:
+                kept[name] = torch.zeros_like(pooled)
+            score = kept[name]
             if now:
                 alive = score.sigmoid()
                 pooled = pooled + now * shares[name] / score.numel() * alive * (1 - alive)
@@ -88,6 +90,8 @@ class Movement(Observing):
         return self.rows or out, self.columns or inner
 
     def _pool(self, value: Tensor, name: str, target: Target) -> Tensor:
+        if value.dim() != 2:
+            return value
         rows, columns = self._size(target)
         value = oriented(value, target)
         if value.shape[0] % rows or value.shape[1] % columns:
@@ -96,6 +100,8 @@ class Movement(Observing):
         return value.reshape(value.shape[0] // rows, rows, value.shape[1] // columns, columns).sum((1, 3))
 
     def _spread(self, score: Tensor, target: Target) -> Tensor:
+        if target.parameter.dim() != 2:
+            return score
         rows, columns = self._size(target)
         return oriented(score.repeat_interleave(rows, 0).repeat_interleave(columns, 1), target)
 
@@ -130,8 +136,9 @@ def _shares(targets: Mapping[str, Target]) -> dict[str, float]:
 
 def _adam(kept: dict[str, Tensor], name: str, g: Tensor) -> Tensor:
     """Adam's step, its moments kept beside the score."""
-    m, v, t = (kept.setdefault(f"{what}:{name}", torch.zeros_like(g) if what != "t" else torch.zeros(()))
-               for what in ("m", "v", "t"))
+    if f"m:{name}" not in kept:
+        kept |= {f"m:{name}": torch.zeros_like(g), f"v:{name}": torch.zeros_like(g), f"t:{name}": torch.zeros(())}
+    m, v, t = (kept[f"{what}:{name}"] for what in ("m", "v", "t"))
     t += 1
     m.lerp_(g, 1 - BETAS[0])
     v.lerp_(g.square(), 1 - BETAS[1])

@@ -1,11 +1,9 @@
-"""Weights that a criterion moves: they must be the delta's to train, and are seen as (d_out, d_in)."""
-from typing import Any
-
+"""Weights that a criterion moves: they must be the delta's to train."""
 import torch
 from torch import Tensor
 
 from slimtune.errors import MethodError
-from slimtune.sparsity.target import Target
+from slimtune.sparsity.target import Target, oriented
 from slimtune.sparsity.view import View
 
 
@@ -20,17 +18,7 @@ def need_trained(view: View, who: str) -> None:
                               f"that delta; or use {who}(update=False), which only scores.")
 
 
-def oriented(tensor: Tensor, target: Target) -> Tensor:
-    """As (d_out, d_in), or back: a view. Conv1D stores a weight as (d_in, d_out)."""
-    return tensor.mT if target.transposed else tensor
-
-
 @torch.no_grad()
 def write(target: Target, weight: Tensor) -> None:
     """Set a target's values. Shapes: weight (d_out, d_in)."""
     target.parameter.copy_(oriented(weight, target))
-
-
-def notes(view: View) -> dict[str, Any]:
-    """What criteria keep with a view from one call to the next; it goes when the view does."""
-    return vars(view).setdefault("notes", {})

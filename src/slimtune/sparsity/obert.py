@@ -25,7 +25,8 @@ from torch.nn.functional import pad
 from slimtune.errors import MethodError
 from slimtune.sparsity.criterion import Criterion, criterion
 from slimtune.sparsity.gradients import Per, gradients, parts, wide
-from slimtune.sparsity.moving import need_trained, notes, oriented, write
+from slimtune.sparsity.moving import need_trained, write
+from slimtune.sparsity.target import oriented
 from slimtune.sparsity.view import View
 
 TOGETHER = 16
@@ -68,7 +69,7 @@ class OBERT(Criterion):
         for piece in pieces:
             inverses = self.inverses(piece)
             if self.update and len(pieces) == 1:  # repair reads the same
-                notes(view)["obert"] = inverses
+                view.notes["obert"] = inverses
             for name, inverse in inverses.items():
                 w = blocks(oriented(view.weights[name], view.targets[name]), self.block)
                 found[name] = self._back(view, name, saliency(w, inverse, self.group))
@@ -79,7 +80,7 @@ class OBERT(Criterion):
         if not self.update:
             return
         need_trained(view, "OBERT")
-        kept, after = notes(view).pop("obert", None), {}
+        kept, after = view.notes.pop("obert", None), {}
         for piece in [view] if kept is not None else self._pieces(view):
             for name, inverse in (kept if kept is not None else self.inverses(piece)).items():
                 target = view.targets[name]

@@ -15,7 +15,6 @@ from torch import Tensor
 from slimtune.core.method import key_of
 from slimtune.errors import MethodError
 from slimtune.sparsity.criterion import Criterion
-from slimtune.sparsity.moving import notes
 from slimtune.sparsity.view import View
 
 
@@ -34,15 +33,15 @@ class Observing(Criterion):
 
     def seen(self, view: View) -> dict[str, Tensor]:
         """All it keeps with the view, by name: what a checkpoint holds."""
-        return dict(notes(view).get(key_of(type(self)), {}))
+        return dict(view.notes.get(key_of(type(self)), {}))
 
     def resume(self, view: View, seen: Mapping[str, Tensor]) -> None:
         """Go on from what `seen` gave."""
-        notes(view)[key_of(type(self))] = {name: value.clone() for name, value in seen.items()}
+        view.notes[key_of(type(self))] = {name: value.clone() for name, value in seen.items()}
 
     def _kept(self, view: View) -> dict[str, Any]:
         """The same dictionary, to be changed; empty before the first pass."""
-        return notes(view).setdefault(key_of(type(self)), {})
+        return view.notes.setdefault(key_of(type(self)), {})
 
     def _need(self, view: View, gradients: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
         for name in view.targets:

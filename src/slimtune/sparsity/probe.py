@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.core.replay import evaluating
+from slimtune.core.modes import evaluating
 from slimtune.errors import MethodError
 
 TOKENS = 12
@@ -15,7 +15,7 @@ TOKENS = 12
 def probe(model: nn.Module) -> dict[str, Tensor]:
     """Text, images or sound of the shapes its config states, two examples, the second one padded.
 
-    Errors: MethodError for a model whose inputs are not known.
+    Errors: MethodError for a model whose inputs are not known, or that does not run on these.
     Example:
         >>> from slimtune.testing import tiny
         >>> {name: tuple(t.shape) for name, t in probe(tiny("bert")).items()}
@@ -26,6 +26,16 @@ def probe(model: nn.Module) -> dict[str, Tensor]:
     if config is None or not {"input_ids", "pixel_values", "input_features"} & set(takes):
         raise MethodError(f"shrink does not know what a {type(model).__name__} takes, to try it on.",
                           "Pass inputs=, a batch of it.")
+    try:
+        made = _made(model, config, set(takes))
+        outputs(model, made)
+    except Exception as error:
+        raise MethodError(f"a {type(model).__name__} does not run on the random batch it was tried on: "
+                          f"{type(error).__name__}: {error}", "Pass inputs=, a batch of its own.") from error
+    return made
+
+
+def _made(model: nn.Module, config: Any, takes: set[str]) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     made: dict[str, Tensor] = {}
     if "input_ids" in takes:

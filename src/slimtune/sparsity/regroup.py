@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from slimtune.core import Delta
 from slimtune.errors import MethodError
+from slimtune.sparsity.target import On, oriented, targets
 
 PASSES = 3
 """Times that a group's rows are chosen anew about its columns."""
@@ -114,6 +116,24 @@ def filled(groups: Sequence[Group], mask: Tensor) -> Tensor:
     found = torch.zeros_like(mask)
     for group in groups:
         found[group.rows[:, None], group.columns] = True
+    return found
+
+
+def regroup_delta(delta: Delta, *, on: On = "base", sites: Sequence[str] = ("linear",), groups: int = 8, rows: int = 8,
+                  columns: int = 8, share: float = 0.5, similar: float = 0.1) -> dict[str, Tensor]:
+    """Masks of dense blocks from those that the delta holds, with the others as they are; nothing is set.
+
+    A mask in which no block is found stays. Set the masks, then load the values to rewind to. Other arguments: those of
+    `regroup`. Errors: MethodError when none of the targets has a mask.
+    """
+    chosen = {n: t for n, t in targets(delta, on, sites).items() if n in delta.masks}
+    if not chosen:
+        raise MethodError(f"delta '{delta.name}' has no mask to regroup.", "Prune it first.")
+    found = dict(delta.masks)
+    for name, target in chosen.items():
+        mask = oriented(delta.masks[name], target)
+        blocks = regroup(mask, groups=groups, rows=rows, columns=columns, share=share, similar=similar)
+        found[name] = oriented(filled(blocks, mask), target).contiguous()
     return found
 
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.modes import kept_modes
 from slimtune.errors import RecipeError, TrainError
 from slimtune.sparsity.allocation import global_
 from slimtune.sparsity.weight_gates import Compat, WeightGates
@@ -97,20 +98,15 @@ def search(model: nn.Module, paths: Sequence[str], batches: Iterable[Any], backw
     gates = WeightGates(model, paths, rows=spec.rows, columns=spec.columns, start=spec.start, compat=spec.compat,
                         generator=generator)
     optimizer = torch.optim.AdamW(gates.log_alpha.values(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
     step = 0
-    try:
-        with gates.open():
-            for step, batch in enumerate(batches, 1):
-                line = _step(gates, optimizer, backward, batch, spec, step)
-                if report is not None:
-                    report(line)
-                if step == spec.steps:
-                    break
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with kept_modes(model), gates.open():
+        model.train()
+        for step, batch in enumerate(batches, 1):
+            line = _step(gates, optimizer, backward, batch, spec, step)
+            if report is not None:
+                report(line)
+            if step == spec.steps:
+                break
     if step < spec.steps:
         raise TrainError(f"the batches ended after step {step} of {spec.steps}.", "Give more of them, or fewer steps.")
     return gates

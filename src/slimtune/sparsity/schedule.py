@@ -2,6 +2,7 @@
 
     one shot     before the first step; in R rounds, a share (1 - s)^(r / R) lives after round r
     cubic        s(t) = s_i + (s_f - s_i) (1 - (1 - clip((t - t0) / (t1 - t0), 0, 1))^3)
+    sr_ste       anew at every step from the first on, with a gradient for what does not live as well
     iterative    a share (1 - p)^k lives after k rounds of training, pruning and rewinding (see tickets.py)
 
 and learning-rate rewinding: with T steps, w of warm-up, masks drawn every r steps in [p0, p1), P = p1 - p0, N = T - P,
@@ -14,11 +15,15 @@ which stays near its peak while masks change, and above 1 there, and then decays
 
 Source: Zhu, Gupta, 2017, "To prune, or not to prune", arXiv 1710.01878, equation 1; of one shot in rounds, Tanaka et
 al., 2020, "Pruning neural networks without any data by iteratively conserving synaptic flow", arXiv 2006.05467,
-algorithm 1; of the rewound rate, Zafrir et al., 2021, "Prune Once for All", arXiv 2111.05754, and its code.
+algorithm 1; of the rewound rate, Zafrir et al., 2021, "Prune Once for All", arXiv 2111.05754, and its code; of SR-STE,
+Zhou et al., 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", arXiv 2102.04010, and its
+code, which has lambda.
 """
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from slimtune.errors import RecipeError
 
@@ -111,7 +116,40 @@ class Cubic(_Schedule):
             raise RecipeError(f"cubic schedule: it begins at step {begin}, ends at {end} and draws masks until "
                               f"{until}, in a run of {steps} steps.", "Choose begin <= end <= until, within the run.")
         return Ramp(begin=begin, end=end, until=until, every=max(_at(self.every, steps), 1), initial=self.initial,
-                    final=final)
+                    final=final, settled=until)
+
+
+class SRSTE(_Schedule):
+    """Sparse from the first step on, by masks that are drawn anew from dense weights; what is dead is trained too:
+
+        W <- W - step(dL/dW' + lambda (1 - m) * W),    W' = m * W
+
+    The gradient goes straight through the mask, and the second term draws what does not live towards 0, so that masks
+    come to rest. Meant for n:m; with another granularity it holds one sparsity.
+
+    Example:
+        >>> w, raw, live = torch.tensor([2.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([True, False])
+        >>> SRSTE(strength=0.1).gradient(raw, live, w)
+        tensor([0.5000, 0.6000])
+    """
+
+    name: Literal["sr_ste"] = "sr_ste"
+    strength: float = Field(default=2e-4, ge=0, description="lambda; 0 is the plain straight-through estimator")
+    until: Moment = Field(default=1.0, description="masks are drawn anew until then, and stay")
+    every: Moment = Field(default=1, description="steps between masks")
+    reenter: ClassVar[bool] = True
+
+    def ramp(self, steps: int, final: float) -> "Ramp":
+        """The schedule in steps of a run. Errors: RecipeError when masks are drawn beyond it."""
+        if (until := _at(self.until, steps)) > steps:
+            raise RecipeError(f"sr_ste schedule: it draws masks until step {until}, in a run of {steps} steps.",
+                              "Choose an until within the run.")
+        return Ramp(begin=0, end=0, until=until, every=max(_at(self.every, steps), 1), initial=final, final=final,
+                    settled=0)
+
+    def gradient(self, raw: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        """What the dense weight takes. Shapes: raw = dL/dW', mask, weight and result alike."""
+        return torch.where(mask, raw, raw + self.strength * weight)
 
 
 class Ramp(_Schedule):
@@ -123,6 +161,8 @@ class Ramp(_Schedule):
     every: int
     initial: float
     final: float
+    settled: int
+    """From this step on the masks are as sparse as they are to be."""
 
     def due(self, step: int) -> bool:
         """Whether masks are drawn when so many steps are done."""
@@ -138,4 +178,4 @@ def _at(moment: float, steps: int) -> int:
     return moment if isinstance(moment, int) else round(moment * steps)
 
 
-Schedule: TypeAlias = Annotated[OneShot | Cubic, Field(discriminator="name")]
+Schedule: TypeAlias = Annotated[OneShot | Cubic | SRSTE, Field(discriminator="name")]

@@ -4,9 +4,10 @@
 
 A head is gone when every column of the output projection that reads it is 0, a neuron when its column of the
 down-projection is, a rank when either factor is 0 there. So what a gate, a mask or a merged delta made 0 is found
-alike, the slicing changes no result, and a comparison with the model before it can say so.
+alike, the slicing changes no result, and a comparison with the model before it can say so. Hidden dimensions go by
+their gates alone, or by name: a norm over what lives is another norm, and zeros in weights do not ask for it.
 """
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,12 +22,14 @@ from slimtune.core.merge import merged
 from slimtune.core.switch import set_active
 from slimtune.errors import DeltaError, MethodError, SiteError, SlimtuneError, listing, suggest
 from slimtune.sparsity.edits import Edits
+from slimtune.sparsity.hidden import coefficients, cut_hidden, only
 from slimtune.sparsity.idle import idle_blocks
 from slimtune.sparsity.kept import ROLES, Keep, alive, chosen
 from slimtune.sparsity.macs import count_macs
 from slimtune.sparsity.parts import Factored
 from slimtune.sparsity.probe import outputs, probe
 from slimtune.sparsity.slicing import blocks_of, cut_blocks, cut_heads, cut_neurons, cut_shared
+from slimtune.sparsity.target import check_norms, is_hidden_gate
 
 TINY = torch.finfo(torch.float32).tiny
 """Numbers below it are subnormal, and slow."""
@@ -37,8 +40,9 @@ TOLERANCE = 1e-5
 class Shrunk:
     """What `shrink` did.
 
-    heads, neurons: how many are left, by site; ranks: of maps of low rank, by path; blocks: by tower.
-    parameters, macs: (before, after), macs of 128 tokens, None where they cannot be counted.
+    heads, neurons: how many are left, by site; ranks: of maps of low rank, by path; blocks: by tower; hidden: by tower,
+    where dimensions of the stream were cut.
+    parameters, macs: (before, after), macs of so many `tokens`, None where they cannot be counted.
     difference: the largest one between the outputs before and after, as a share of the largest output.
     """
 
@@ -46,16 +50,19 @@ class Shrunk:
     neurons: dict[str, int] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
     blocks: dict[str, int] = field(default_factory=dict)
+    hidden: dict[str, int] = field(default_factory=dict)
     parameters: tuple[int, int] = (0, 0)
     macs: tuple[int, int] | None = None
+    tokens: int = 128
     difference: float = 0.0
 
     def __str__(self) -> str:
         before, after = self.parameters
         lines = [f"parameters {before:,} -> {after:,} ({after / before:.1%})"]
         if self.macs is not None:
-            lines.append(f"MACs {self.macs[0]:,} -> {self.macs[1]:,} ({self.macs[1] / self.macs[0]:.1%})")
-        for what in ("blocks", "heads", "neurons", "ranks"):
+            before, after = self.macs
+            lines.append(f"MACs of {self.tokens} tokens {before:,} -> {after:,} ({after / before:.1%})")
+        for what in ("blocks", "hidden", "heads", "neurons", "ranks"):
             if kept := getattr(self, what):
                 lines.append(f"{what} " + " ".join(f"{name}={number}" for name, number in kept.items()))
         return "\n".join([*lines, f"largest difference {self.difference:.1e} of the largest output"])
@@ -65,12 +72,15 @@ def shrink(model: nn.Module, keep: Keep | None = None, layers: Sequence[int] | M
            inputs: Mapping[str, Any] | Tensor | None = None) -> Shrunk:
     """Fold the active deltas into the model and slice out, in place, all heads, neurons and ranks that are 0.
 
-    keep: what is kept, by site (`encoder.0.attn.heads`, `encoder.0.mlp.act`): indices or booleans; the others go
-    whatever their weights are. layers: blocks to drop whole, counted in each tower or by tower, negative from the
-    end. inputs: a batch on which the model is compared with what it was; by default a random one.
+    keep: what is kept, by site (`encoder.0.attn.heads`, `encoder.0.mlp.act`) or of the residual stream
+    (`encoder.hidden`): indices or booleans; the others go whatever their weights are. Dimensions of the stream whose
+    gates are 0 go too, and its norms are then over the others; what leaves a bare backbone is narrower.
+    layers: blocks to drop whole, counted in each tower or by tower, negative from the end.
+    inputs: a batch on which the model is compared with what it was; by default a random one.
     A trained head stays; deltas are detached, for they do not fit any more.
     Errors: MethodError for what cannot be merged or sliced, or when the outputs differ by more than 1e-5 of the
-    largest; DeltaError for deltas that are attached and do not run; the model is then as it was.
+    largest, or than they are rounded in the model's dtype; DeltaError for deltas that are attached and do not run; the
+    model is then as it was.
     Example:
         >>> from slimtune.testing import tiny
         >>> model = tiny("bert")
@@ -81,15 +91,22 @@ def shrink(model: nn.Module, keep: Keep | None = None, layers: Sequence[int] | M
     active = _running(model, root)
     anatomy = (root.anatomy if isinstance(root, Root) else None) or dissect(model)
     wanted, dropped = chosen(anatomy, keep), _by_tower(anatomy, layers)
+    stream = wanted.pop(f"{anatomy.towers[0].name}.hidden", None)
+    c = coefficients(model, anatomy, active, stream)
+    if c is not None:
+        check_norms(active)
     batch = probe(model) if inputs is None else inputs
     before = _size(model, anatomy)
-    with _without(model, anatomy, wanted, dropped):
+    with _without(model, anatomy, wanted, dropped), only(model, anatomy, None if stream is None else c):
         told = outputs(model, batch)
     edits = Edits()
     try:
         _fold(edits, model, anatomy, active)
+        if c is not None:
+            cut_hidden(edits, model, anatomy, c, batch)
         kept = _cut(edits, model, anatomy, wanted, dropped)
-        difference = _compare(told, outputs(model, batch), anatomy.model_type)
+        lives = None if c is None else c.nonzero().flatten()
+        difference = _compare(told, outputs(model, batch), model, anatomy.model_type, lives)
     except BaseException as error:
         edits.undo()
         if isinstance(root, Root):
@@ -101,6 +118,8 @@ def shrink(model: nn.Module, keep: Keep | None = None, layers: Sequence[int] | M
     _detach(model, active)
     after = _size(model, dissect(model))
     macs = None if before[1] is None or after[1] is None else (before[1], after[1])
+    if lives is not None and c is not None and len(lives) < len(c):
+        kept["hidden"] = {anatomy.towers[0].name: len(lives)}
     return Shrunk(**kept, parameters=(before[0], after[0]), macs=macs, difference=difference)
 
 
@@ -136,7 +155,7 @@ def _by_tower(anatomy: Anatomy, layers: Sequence[int] | Mapping[str, Sequence[in
 
 def _size(model: nn.Module, anatomy: Anatomy) -> tuple[int, int | None]:
     try:
-        macs = count_macs(model, anatomy=anatomy).total
+        macs = count_macs(model, Shrunk.tokens, anatomy=anatomy).total
     except SlimtuneError:
         macs = None
     return sum(p.numel() for p in base_parameters(model).values()), macs
@@ -174,7 +193,7 @@ def _fold(edits: Edits, model: nn.Module, anatomy: Anatomy, active: Sequence[Del
             for module, name in own.places:
                 edits.parameter(module, name, own.value)
         every = SimpleNamespace(model=model, anatomy=anatomy, owned=[], masks={},
-                                slots=[slot for delta in active for slot in delta.slots])
+                                slots=[item for delta in active for item in delta.slots if not is_hidden_gate(item[1])])
         for module, name, value in merged(cast(Delta, every), zeros="fill"):
             edits.tensor(module, name, value)
     flushed: dict[int, nn.Parameter] = {}
@@ -224,20 +243,37 @@ def _ranks(edits: Edits, model: nn.Module) -> dict[str, int]:
     return left
 
 
-def _compare(told: Mapping[str, Tensor], now: Mapping[str, Tensor], family: str) -> float:
-    worst = 0.0
+def _compare(told: Mapping[str, Tensor], now: Mapping[str, Tensor], model: nn.Module, family: str,
+             lives: Tensor | None) -> float:
+    """The largest difference; of a stream that was cut, at the dimensions that live.
+
+    An output is as exact as the coarsest numbers that it was computed of: a loss in float32 as logits in bfloat16. A
+    single number, a loss, is off by as much as what it was computed of, so its scale is that of the largest output.
+    """
+    pairs = {}
     for name, old in told.items():
         new = now.get(name)
+        if lives is not None and new is not None and new.shape == (*old.shape[:-1], len(lives)) != old.shape:
+            old = old[..., lives]
         if new is None or new.shape != old.shape:
             raise MethodError(f"a sliced {family} gives another '{name}': {None if new is None else tuple(new.shape)}.")
-        scale = float(old.abs().max()) or 1.0
-        difference = float((new - old).abs().max()) / scale
-        limit = max(TOLERANCE, 16 * torch.finfo(old.dtype).eps)
+        pairs[name] = old, new
+    largest = {name: float(old.abs().max()) for name, (old, _) in pairs.items()}
+    worst, exact = 0.0, _rounding(p.dtype for p in base_parameters(model).values())
+    for name, (old, new) in pairs.items():
+        scale = (largest[name] if old.dim() else max(largest.values())) or 1.0
+        difference, limit = float((new - old).abs().max()) / scale, max(TOLERANCE, exact, _rounding([old.dtype]))
         if not difference <= limit:
-            raise MethodError(f"a sliced {family} differs from the gated one: {name} by {difference:.1e} of its "
-                              f"largest value, and {limit:.0e} is allowed.", "The model is as it was.")
+            raise MethodError(f"a sliced {family} differs from the gated one: {name} by {difference:.1e} of "
+                              f"{'its' if old.dim() else 'the'} largest value, and {limit:.0e} is allowed.",
+                              "The model is as it was.")
         worst = max(worst, difference)
     return worst
+
+
+def _rounding(dtypes: Iterable[torch.dtype]) -> float:
+    """What the coarsest of these numbers may be off by, behind some sums; 0 for none. Numbers of a byte are scaled."""
+    return max((16 * torch.finfo(d).eps for d in dtypes if d.is_floating_point and d.itemsize > 1), default=0.0)
 
 
 def _detach(model: nn.Module, active: Sequence[Delta]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core import Anatomy, Site, join
-from slimtune.core.sites import lookup
+from slimtune.core.sites import lookup, widths
 from slimtune.errors import MethodError
 from slimtune.sparsity.edits import Edits
 from slimtune.sparsity.parts import Constant, Factored, Silent
@@ -123,16 +123,16 @@ def _silence(edits: Edits, model: nn.Module, site: Site, out: Site) -> None:
     index = getattr(attention, "layer_idx", None)
     if not out.path.startswith(path + "."):  # BERT's projection stands behind its attention, and adds its bias there
         edits.module(model, path, Silent(0, bias=False, layer_idx=index))
-        edits.module(model, out.path, _with_bias(Constant, out.d_out, projection))
+        edits.module(model, out.path, _with_bias(Constant, projection))
         return
-    edits.module(model, path, _with_bias(Silent, out.d_out, projection, index))
+    edits.module(model, path, _with_bias(Silent, projection, index))
 
 
-def _with_bias(kind: Callable[..., nn.Module], width: int, projection: nn.Module, *more: Any) -> nn.Module:
+def _with_bias(kind: Callable[..., nn.Module], projection: nn.Module, *more: Any) -> nn.Module:
     """What stands for a projection that reads nothing: its bias, if it has one."""
     last = projection.up if isinstance(projection, Factored) else projection
     bias = last._parameters.get("bias")
-    made = kind(width, bias is not None, *more)
+    made = kind(widths(last)[1], bias is not None, *more)
     made._parameters["bias"] = bias
     return made.train(projection.training)
 
@@ -152,7 +152,7 @@ def cut_neurons(edits: Edits, model: nn.Module, block: Block, kept: Tensor) -> N
     if len(kept):
         edits.columns(down, kept)
     else:
-        edits.module(model, act.path, _with_bias(Constant, block["mlp.down"].d_out, down))
+        edits.module(model, act.path, _with_bias(Constant, down))
 
 
 def cut_blocks(edits: Edits, model: nn.Module, anatomy: Anatomy, tower: str, gone: Iterable[int]) -> None:

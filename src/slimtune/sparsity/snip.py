@@ -39,7 +39,8 @@ class SNIP(Criterion):
     needs_data: ClassVar[bool] = True
 
     def score(self, view: View) -> dict[str, Tensor]:
-        raw = {name: (view.weights[name] * g).abs() for name, g in summed(view, "SNIP").items()}
+        weights = view.weights
+        raw = {name: (weights[name] * g).abs() for name, g in summed(view, "SNIP").items()}
         total = torch.stack([s.sum().cpu() for s in raw.values()]).sum()
         if not total > 0:
             raise MethodError("SNIP: every weight times its gradient is 0, so none is better than another.",

@@ -24,7 +24,8 @@ from slimtune.errors import MethodError
 from slimtune.sparsity.calibration import calibrate
 from slimtune.sparsity.criterion import Criterion, criterion
 from slimtune.sparsity.gradients import wide
-from slimtune.sparsity.moving import need_trained, oriented, write
+from slimtune.sparsity.moving import need_trained, write
+from slimtune.sparsity.target import oriented
 from slimtune.sparsity.view import View
 
 Compat = Literal["paper", "official"]

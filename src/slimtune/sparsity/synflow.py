@@ -27,7 +27,8 @@ from slimtune.core.sites import LINEAR, Site
 from slimtune.errors import MethodError
 from slimtune.sparsity.criterion import Criterion, criterion
 from slimtune.sparsity.gradients import wide
-from slimtune.sparsity.target import Target
+from slimtune.sparsity.structure import at_site
+from slimtune.sparsity.target import oriented
 from slimtune.sparsity.view import View
 
 Leaves = dict[str, Tensor]
@@ -91,7 +92,7 @@ def _of_backbone(view: View, leaves: Leaves) -> list[Tensor]:
         elif key in chosen and site.role == "attn.heads":
             heads[key] = site.head_dim
     flows = [f for key, block in blocks.items() for f in _of_block(block, heads[key])]
-    return flows + [flow([_turned(leaves[name], t)]) for name, t in targets.items() if not t.sites]
+    return flows + [flow([oriented(leaves[name], t)]) for name, t in targets.items() if not t.sites]
 
 
 def _of_block(weights: Leaves, head: int) -> list[Tensor]:
@@ -121,9 +122,4 @@ def _absolute(view: View, site: Site, leaves: Leaves) -> Tensor:
     name = f"own.{site.path}.weight"
     weight = leaves[name] if name in leaves else wide(
         view.model.get_submodule(site.path)._parameters["weight"].detach()).abs()  # type: ignore[union-attr]
-    weight = weight.mT if site.transposed else weight
-    return weight if site.part is None else weight[slice(*site.part)]
-
-
-def _turned(weight: Tensor, target: Target) -> Tensor:
-    return weight.mT if target.transposed else weight
+    return at_site(weight, site)

@@ -7,11 +7,17 @@
     rewind="rate"        the weights stay, and train() begins its learning rate anew
     rewind="finetune"    the weights stay, and finetune() trains them at a small learning rate
 
+With `group`, such as `refill_delta` or `regroup_delta`, each round's mask is made one of structure before the next
+begins ("group-aware"): m <- group(m), and what it fills in begins at theta_i. The paper finds it worse than to do so
+once, with the last mask.
+
 The control draws other first values under the same masks: a ticket that is no better than that has won nothing.
 
 Source: Frankle, Carbin, 2019, "The Lottery Ticket Hypothesis", arXiv 1803.03635, section 1; of theta_i, Frankle et al.,
 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis", arXiv 1912.05671, algorithm 2; of the learning rate,
-Renda, Frankle, Carbin, 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv 2003.02389.
+Renda, Frankle, Carbin, 2020, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", arXiv 2003.02389; of
+groups, Chen et al., 2022, "Coarsening the Granularity: Towards Structurally Sparse Lottery Tickets", arXiv 2202.04736,
+section 3.
 """
 import copy
 from collections.abc import Callable
@@ -23,11 +29,13 @@ from torch import Tensor, nn
 
 from slimtune.core import Delta, attach, deltas
 from slimtune.errors import MethodError
-from slimtune.sparsity.prune import Sparsity, prune
+from slimtune.sparsity.prune import Sparsity, measured, prune
 from slimtune.sparsity.schedule import iterative
 
 State = dict[str, Tensor]
 Train = Callable[[Delta], Any]
+Group = Callable[[Delta], State]
+"""All masks of a delta from those that it holds."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,16 @@ def snapshot(delta: Delta) -> State:
 
 def find_ticket(delta: Delta, train: Train, rounds: int, *, rate: float = 0.2, start: State | None = None,
                 rewind: Literal["weights", "rate", "finetune"] = "weights", finetune: Train | None = None,
-                criterion: Any = "magnitude", **options: Any) -> Ticket:
+                group: Group | None = None, criterion: Any = "magnitude", **options: Any) -> Ticket:
     """Iterative pruning: `rounds` times train and prune `rate` of what lives; the delta is left as the ticket.
 
     train: trains the delta in place, from the values it has, at a learning rate that begins anew. start: theta_i,
-    the delta's values as they are by default. options: those of prune(), such as on="base".
+    the delta's values as they are by default. group: of the delta, still trained and pruned, the masks to go on with,
+    such as refill_delta; a round then removes `rate` of what lives in those. options: those of prune(), such as
+    on="base".
 
-    Errors: MethodError for a rate that removes nothing or all, and for a finetune that is missing.
+    Errors: MethodError for a rate that removes nothing or all, for a finetune that is missing, and for a group that
+    has no weights to go back to or leaves nothing.
     Example:
         >>> from slimtune.core import attach
         >>> from slimtune.methods import Pfeiffer
@@ -67,16 +78,34 @@ def find_ticket(delta: Delta, train: Train, rounds: int, *, rate: float = 0.2, s
         raise MethodError(f"find_ticket: {rounds} rounds at rate {rate}.", "Choose rounds >= 1 and 0 < rate < 1.")
     if (rewind == "finetune") != (finetune is not None):
         raise MethodError("find_ticket: rewind='finetune' and finetune=... go together.", "Give both, or neither.")
+    if group is not None and rewind != "weights":
+        raise MethodError(f"find_ticket: a group fills weights in that rewind='{rewind}' has no values of.",
+                          "Choose rewind='weights', or group once, with the last masks.")
     start = snapshot(delta) if start is None else start
     found, trained = [], start
     delta.load_state(start)
     for number, sparsity in enumerate(iterative(rate, rounds)):
         (train if finetune is None or number == 0 else finetune)(delta)
         trained = snapshot(delta)
-        found.append(prune(delta, sparsity, criterion, **options))
+        if group is not None and found:
+            sparsity = 1 - (1 - rate) * (1 - found[-1].sparsity)
+        done = prune(delta, sparsity, criterion, **options)
+        found.append(done if group is None else _grouped(delta, group, done))
         if rewind == "weights":
             delta.load_state(start)
     return Ticket(dict(delta.masks), start, trained, tuple(found))
+
+
+def _grouped(delta: Delta, group: Group, done: Sparsity) -> Sparsity:
+    """Set a group's masks, and say what lives in those of a pruning."""
+    delta.set_masks(group(delta))
+    now = measured({name: delta.masks[name] for name in done.tensors}, done.denominator)
+    if not now.kept:
+        raise MethodError(f"find_ticket: nothing lives in the groups of {done.kept} weights.",
+                          "Ask for fewer rounds, a lower rate or smaller groups.")
+    delta.info["sparsity"] = [*delta.info["sparsity"][:-1],
+                              {**delta.info["sparsity"][-1], **now.as_dict(), "grouped": True}]
+    return now
 
 
 def draw_ticket(delta: Delta, ticket: Ticket, values: State) -> None:

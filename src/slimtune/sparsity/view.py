@@ -1,4 +1,5 @@
 """View: what a criterion sees of a delta that is to be pruned: the weights, the task's loss, and what enters a map."""
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.core import Delta
+from slimtune.core.modes import evaluating
 from slimtune.errors import MethodError
 from slimtune.sparsity.target import Target
 
@@ -18,7 +20,7 @@ def task_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own mean loss. Errors: MethodError when it gives none."""
     loss = model(**batch).loss
     if loss is None:
-        raise MethodError(f"{type(model).__name__} returned no loss on the pruning data.",
+        raise MethodError(f"{type(model).__name__} returned no loss.",
                           f"The batches have: {', '.join(batch)}. Do they have labels?")
     return loss
 
@@ -59,18 +61,15 @@ class View:
     def open(self) -> Iterator[dict[str, nn.Parameter]]:
         """The parameters with gradients on, in eval mode; everything is as before afterwards."""
         parameters = {name: target.parameter for name, target in self.targets.items()}
-        modes = [(m, m.training) for m in self.model.modules()]
         frozen = [p for p in parameters.values() if not p.requires_grad]
-        self.model.eval()
-        for p in frozen:
-            p.requires_grad_(True)
-        try:
-            yield parameters
-        finally:
+        with evaluating(self.model):
             for p in frozen:
-                p.requires_grad_(False)
-            for module, mode in modes:
-                module.training = mode
+                p.requires_grad_(True)
+            try:
+                yield parameters
+            finally:
+                for p in frozen:
+                    p.requires_grad_(False)
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """dL/dW of every target on one batch; zeros where the loss does not depend on one."""
@@ -100,8 +99,6 @@ class View:
 
     def generator(self, name: str) -> torch.Generator:
         """A stream of random numbers of its own for each target."""
-        import hashlib
-
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from slimtune.sparsity.calibration import calibrate
 from slimtune.sparsity.criterion import Criterion, criterion
 from slimtune.sparsity.gradients import wide
-from slimtune.sparsity.moving import oriented
+from slimtune.sparsity.target import oriented
 from slimtune.sparsity.view import View
 
 

@@ -26,7 +26,7 @@ class WeightGates:
     each matrix's mean in place of the mean over all gates.
 
     Shapes:
-        log_alpha[path]: [R / rows, C / columns] for a parameter [R, C]
+        log_alpha[path]: [R / rows, C / columns] for a parameter [R, C], in float32 or wider
 
     Errors: DeltaError for a path that is no matrix of the model; RecipeError for blocks that do not fill one.
     """
@@ -47,8 +47,9 @@ class WeightGates:
                 raise RecipeError(f"{path} {tuple(weight.shape)} does not split into blocks of {rows} x {columns}.",
                                   "Choose divisors of its rows and columns.")
             shape = (weight.shape[0] // rows, weight.shape[1] // columns)
+            wide = torch.promote_types(weight.dtype, torch.float32)  # in 16 bits gates tie, and Adam's steps overflow
             self.log_alpha[path] = nn.Parameter(torch.full(shape, self.law.start(start), device=weight.device,
-                                                           dtype=weight.dtype))
+                                                           dtype=wide))
 
     def spread(self, gates: Tensor) -> Tensor:
         """A value for each weight from one for each gate."""
@@ -95,7 +96,7 @@ class WeightGates:
             if weight.grad is None:
                 raise DeltaError(f"{path} got no gradient: the loss does not depend on it.",
                                  "Leave it out of the paths.")
-            gates[path].backward(weight.grad * self.shadow[path])
+            gates[path].backward(weight.grad.to(gates[path].dtype) * self.shadow[path])
             if self.compat == "official":
                 with torch.no_grad():
                     old = self.stale.get(path)

@@ -21,7 +21,7 @@ from slimtune.testing.case import (
     train,
     values,
 )
-from slimtune.testing.tiny import loss
+from slimtune.testing.tiny import doubled, loss
 
 NO_GRADIENT = 1e-9  # relative to the largest gradient, in float64: rounding is 1e-16
 
@@ -102,7 +102,7 @@ def every_tensor_gets_a_gradient(case: Case) -> None:
     """Every trained tensor gets a finite gradient at the first step, unless `silent` gives a reason."""
     model = case.base().double()
     delta = attach(model, case.method)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in case.inputs.items()}
+    inputs = doubled(case.inputs)
     loss(model, inputs).backward()
     first = gradients(delta)
     assert all(bool(g.isfinite().all()) for g in first.values()), "a gradient is not finite"

@@ -28,7 +28,7 @@ from slimtune.testing.case import (
     train,
     values,
 )
-from slimtune.testing.tiny import batch, kind, loss, output
+from slimtune.testing.tiny import batch, doubled, kind, loss, output
 
 
 def one(inputs: dict[str, Tensor], i: int) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def follows_the_model(case: Case) -> None:
     model, delta = case.moved()
     own = run(model, case.inputs)
     model.to(torch.float64)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in case.inputs.items()}
+    inputs = doubled(case.inputs)
     moved = run(model, inputs)
     close(moved, own, "the output after model.to(float64)")
     with tempfile.TemporaryDirectory() as home:

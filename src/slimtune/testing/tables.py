@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from slimtune.bench.page import renewed
 from slimtune.core import Count, attach, dissect
 from slimtune.core.method import Method, registered
 from slimtune.errors import MethodError, SlimtuneError
@@ -112,12 +113,8 @@ def _kept(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def rewritten(page: str, table: str) -> str:
-    """A page with its table replaced. Errors: ValueError when it has not exactly one pair of marks."""
-    before, opened, rest = page.partition(OPEN)
-    _, closed, after = rest.partition(CLOSE)
-    if not opened or not closed or OPEN in after:
-        raise ValueError(f"the page needs one pair of marks: {OPEN} and {CLOSE}")
-    return f"{before}{OPEN}\n{table}{CLOSE}{after}"
+    """A page with its table replaced. Errors: SlimtuneError when it has not exactly one pair of marks."""
+    return renewed(page, (OPEN, CLOSE), table)
 
 
 def main(root: Path = Path()) -> int:

@@ -1,6 +1,6 @@
 """Tiny backbones: one of every family, two blocks, width 32, random and the same in every process."""
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -113,6 +113,16 @@ def batch(name: str, size: int = 3, seed: int = 0, labels: bool = True, tokens: 
     }
     made = makers[kind(name)]()
     return made if labels else {k: v for k, v in made.items() if k != "labels"}
+
+
+def doubled(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs whose floats are float64, for a model in double.
+
+    Example:
+        >>> doubled(batch("vit"))["pixel_values"].dtype
+        torch.float64
+    """
+    return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def kind(name: str) -> str:

@@ -11,7 +11,6 @@ No pickle is written or read.
 """
 import contextlib
 import functools
-import importlib.metadata
 import logging
 import re
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from slimtune.core.atomic import read_folder, recover, verify_folder, write_folder
 from slimtune.core.manifest import RESTORE
+from slimtune.core.tensorfile import save_tensors, slimtune_version
 from slimtune.errors import DeltaError, listing
 
 log = logging.getLogger("slimtune")
@@ -61,7 +61,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
                              for part in TENSORS}
     files[STATE] = checkpoint.state.encode()
     facts = {**checkpoint.facts, "format": FORMAT, "format_version": FORMAT_VERSION, "step": checkpoint.step,
-             "slimtune": _version()}
+             "slimtune": slimtune_version()}
     if target.is_dir() and not _verifies(target):
         set_aside(target)
     write_folder(target, files, facts, manifest_name=MANIFEST)
@@ -194,18 +194,4 @@ def _check_format(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path,
-                  metadata={"format": "pt"})
-    except SafetensorError as error:                        # a full disk arrives as this
-        raise OSError(str(error)) from error
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("slimtune")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+unknown"
+    save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from slimtune.core.delta import Delta
-from slimtune.core.replay import Cut, Replay, evaluating, states
+from slimtune.core.modes import evaluating
+from slimtune.core.replay import Cut, Replay, states
 from slimtune.data.examples import Collate
 from slimtune.errors import DataError, TrainError
 from slimtune.train.featurefile import FeatureFile

@@ -1,12 +1,13 @@
 """predict and evaluate: a model's outputs on examples, in their order, the same in every process."""
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slimtune.core.modes import evaluating
 from slimtune.data.examples import IGNORED, Collate
 from slimtune.data.metrics import token_loss
 from slimtune.errors import DataError, TrainError
@@ -75,7 +76,7 @@ def predict(model: nn.Module, data: Sequence[Mapping[str, Any]] | Any, collate: 
     if by_length:
         order.sort(key=lambda i: len(data[i]["input_ids"]))
     given, expected, losses, weights = [], [], [], []
-    with kept_rng(), _evaluating(model), torch.no_grad(), autocast(model, precision):
+    with kept_rng(), evaluating(model), torch.no_grad(), autocast(model, precision):
         for start in range(0, len(order), batch_size):
             chunk = order[start:start + batch_size]
             together = getattr(data, "__getitems__", None)
@@ -133,17 +134,6 @@ def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The batch with its tensors where the model is; other columns as they are."""
     device = next(model.parameters()).device
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _items(values: Any) -> list[Any]:

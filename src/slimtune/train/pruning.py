@@ -3,9 +3,11 @@
     W' = m * W,    W <- W - step(m * dL/dW'),    m = masks drawn from W
 
 The optimizer moves a dense W, its shadow, that stands in the parameter for the length of its step and at no other time.
-A pruned weight keeps its value there, changed by momentum and decay alone, and can come back when masks are drawn anew.
+A pruned weight keeps its value there, changed by momentum and decay alone, and can come back when masks are drawn anew;
+with SR-STE it is trained too (see schedule.py).
 When they are for the last time, the shadow is dropped. Weights of the backbone that are not trained are their own.
 """
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +20,20 @@ from slimtune.core.mask import apply_masks, mask_gradients
 from slimtune.data.examples import Collate
 from slimtune.errors import DeltaError, MethodError, RecipeError
 from slimtune.sparsity.granularity import as_granularity
+from slimtune.sparsity.magnitude import Magnitude
+from slimtune.sparsity.movement import Movement
 from slimtune.sparsity.observe import Observing
 from slimtune.sparsity.prune import check, prune, prune_in_rounds
-from slimtune.sparsity.schedule import Cubic, Ramp
-from slimtune.sparsity.target import targets
+from slimtune.sparsity.schedule import SRSTE, Cubic, OneShot, Ramp
+from slimtune.sparsity.target import SLICED, targets
+from slimtune.sparsity.threshold import Threshold
 from slimtune.sparsity.view import Batch, View
 from slimtune.train.predict import on_device
 from slimtune.train.prunespec import PruneSpec
 from slimtune.train.spec import TrainSpec
 from slimtune.train.state import BESIDE, kept_rng
 
+log = logging.getLogger("slimtune")
 Draw = Callable[[int], Sequence[Batch]]
 """Batches of training examples for a criterion, other ones at each step."""
 
@@ -55,14 +61,18 @@ def check_pruning(delta: Delta, pruning: PruneSpec | None, spec: TrainSpec, priv
     check(delta, pruning.sparsity, rule, as_granularity(pruning.granularity), pruning.on, pruning.by,
           pruning.allocation)
     chosen = targets(delta, pruning.on, pruning.sites, pruning.blocks, pruning.pooler)
-    if private and (rule.needs_data or rule.observes or isinstance(pruning.schedule, Cubic)):
+    if private and (rule.needs_data or rule.observes or not isinstance(pruning.schedule, OneShot)):
         raise RecipeError("prune: a private run prunes once, by a criterion that reads no training data.",
                           "Choose magnitude or random, and schedule one_shot.")
+    if pruning.on in SLICED and pruning.by == "own" and type(rule) is Magnitude and pruning.schedule == OneShot():
+        log.warning("prune: gates all start at 1, so by their magnitude the first of them go. Set prune.by=weights, "
+                    "prune.schedule=cubic, or a criterion that reads data, such as taylor or fisher.")
     if spec.cache is not False and pruning.on in ("base", "both"):
         raise RecipeError("train.cache: holds what the unpruned base computes.", "Leave train.cache out.")
-    if rule.observes and (still := [n for n, t in chosen.items() if not t.parameter.requires_grad]):
-        raise MethodError(f"{type(rule).__name__} watches weights train, and delta '{delta.name}' does not train "
-                          f"{still[0]}.", "Attach Full(), or prune on='delta'.")
+    straight = isinstance(pruning.schedule, SRSTE)
+    if (rule.observes or straight) and (still := [n for n, t in chosen.items() if not t.parameter.requires_grad]):
+        raise MethodError(f"{'SRSTE' if straight else type(rule).__name__} watches weights train, and delta "
+                          f"'{delta.name}' does not train {still[0]}.", "Attach Full(), or prune on='delta'.")
 
 
 def open_pruner(delta: Delta, data: Any, collate: Collate, pruning: PruneSpec | None, spec: TrainSpec,
@@ -71,7 +81,7 @@ def open_pruner(delta: Delta, data: Any, collate: Collate, pruning: PruneSpec | 
     if pruning is None:
         return None
     draw = drawn(delta, data, collate, pruning, spec)
-    if isinstance(pruning.schedule, Cubic):
+    if not isinstance(pruning.schedule, OneShot):
         return Pruner(delta, pruning, spec.seed, draw)
     if fresh:
         options = {**pruning.arguments(), "batches": draw(0), "seed": spec.seed}
@@ -98,9 +108,9 @@ class Pruner:
 
     def schedule(self, steps: int) -> Ramp:
         """The schedule of a run of so many steps; called before anything else."""
-        assert isinstance(self.spec.schedule, Cubic)
-        assert self.spec.sparsity is not None
-        self.ramp = self.spec.schedule.ramp(steps, self.spec.sparsity)
+        assert not isinstance(self.spec.schedule, OneShot)
+        assert self.spec.final is not None
+        self.ramp = self.spec.schedule.ramp(steps, self.spec.final)
         return self.ramp
 
     def begin(self) -> None:
@@ -109,15 +119,18 @@ class Pruner:
             self.shadow = {name: p.detach().clone() for name, p in self._trained().items()}
         self._update(0)
 
-    def watch(self) -> None:
-        """Show the gradients to a criterion that observes them, and take out those of what does not live."""
+    def watch(self, step: int) -> None:
+        """Show the gradients, after so many steps, to a criterion that observes; take out those of what is dead, but
+        for a schedule that trains it."""
+        straight: dict[str, Tensor] = {}
         if isinstance(self.rule, Observing) and self.shadow:
-            gradients = {name: p.grad for name, p in self._trained().items()}
-            if lost := [name for name, g in gradients.items() if g is None]:
-                raise MethodError(f"{type(self.rule).__name__} got no gradient of {lost[0]}.",
-                                  "The loss does not depend on it: leave it out of prune.sites.")
-            self.rule.observe(self.view, gradients, self.shadow)  # type: ignore[arg-type]
+            self.rule.observe(self.view, self._gradients(), self.shadow, **self._strength(step))
+        if isinstance(self.spec.schedule, SRSTE) and self.shadow:
+            rule = self.spec.schedule.gradient
+            straight = {n: rule(g, self._mask(n), self.shadow[n]) for n, g in self._gradients().items()}
         mask_gradients(self.delta)
+        for name, g in straight.items():
+            self._trained()[name].grad = g.masked_fill(~self.before[name], 0) if name in self.before else g
 
     @torch.no_grad()
     def enter(self) -> None:
@@ -145,11 +158,27 @@ class Pruner:
             else:
                 apply_masks(self.delta)
             with kept_rng():
-                prune(self.delta, share, **self.spec.arguments(), batches=self.draw(step), seed=self.seed,
+                prune(self.delta, **self.spec.at(share), batches=self.draw(step), seed=self.seed,
                       notes=self.view.notes)
             self.delta.info["sparsity"] = [*self.prior, self.delta.info["sparsity"][-1]]
         else:
             apply_masks(self.delta)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Raw, dL/dW'."""
+        found = {name: p.grad for name, p in self._trained().items()}
+        if lost := [name for name, g in found.items() if g is None]:
+            raise MethodError(f"prune got no gradient of {lost[0]}.",
+                              "The loss does not depend on it: leave it out of prune.sites.")
+        return found  # type: ignore[return-value]
+
+    def _strength(self, step: int) -> dict[str, float]:
+        """Of soft movement, lambda(t) = lambda tau(t) / tau."""
+        rule, bar = self.rule, self.spec.allocation
+        if not (isinstance(bar, Threshold) and isinstance(rule, Movement)):
+            return {}
+        assert self.ramp is not None
+        return {"strength": rule.strength * self.ramp.at(step) / bar.tau}
 
     def _trained(self) -> dict[str, Tensor]:
         own = self.delta.tensors()

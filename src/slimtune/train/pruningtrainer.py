@@ -15,7 +15,7 @@ from slimtune.train.trainer import DeltaTrainer
 class PruningTrainer(DeltaTrainer):
     """DeltaTrainer whose delta a Pruner masks; rewinding: the learning rate waits for the last masks.
 
-    The best checkpoint is one with the last masks, and patience counts from there.
+    The best checkpoint is one that is as sparse as it is to be, and patience counts from there.
     """
 
     def __init__(self, delta: Delta, args: TrainingArguments, *, pruner: Pruner, rewinding: bool = False,
@@ -36,7 +36,7 @@ class PruningTrainer(DeltaTrainer):
         ramp = self.pruner.schedule(num_training_steps)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Flow):
-                callback.settled = ramp.until
+                callback.settled = ramp.settled
         if not self.rewinding or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = self.args.get_warmup_steps(num_training_steps)
@@ -49,7 +49,7 @@ class PruningTrainer(DeltaTrainer):
 
     def after_backward(self) -> None:
         if self.accelerator.sync_gradients:  # before, gradients of what does not live add up as well
-            self.pruner.watch()
+            self.pruner.watch(self.state.global_step)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (now := self.pruner.sparsity) is not None:
@@ -58,7 +58,7 @@ class PruningTrainer(DeltaTrainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         assert self.pruner.ramp is not None
-        return self.state.global_step >= self.pruner.ramp.until and super()._determine_best_metric(metrics, trial)
+        return self.state.global_step >= self.pruner.ramp.settled and super()._determine_best_metric(metrics, trial)
 
     def _checkpoint(self) -> Checkpoint:
         made = super()._checkpoint()

@@ -53,8 +53,8 @@ def load_delta_state(delta: Delta, checkpoint: Checkpoint) -> None:
                              f"and this run has {own[part]}.", "Resume with the model and method it was begun with.")
     if masked:
         delta.set_masks(masks)
-        if "sparsity" in told.get("info", {}):
-            delta.info["sparsity"] = told["info"]["sparsity"]
+        delta.info.pop("sparsity", None)  # of steps behind the checkpoint
+        delta.info |= {key: value for key, value in told.get("info", {}).items() if key == "sparsity"}
     delta.load_state({name: value for name, value in values.items() if not name.startswith(BESIDE)})
 
 

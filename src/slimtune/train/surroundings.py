@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from slimtune.core.delta import Delta
+from slimtune.core.modes import kept_modes
 from slimtune.errors import RecipeError
 from slimtune.train.spec import TrainSpec
 from slimtune.train.state import kept_rng
@@ -16,14 +17,14 @@ def surroundings(delta: Delta, spec: TrainSpec) -> Iterator[None]:
     """Set threads and gradient checkpointing for a run; afterwards all is as it was, and no gradient is left."""
     model: Any = delta.model
     config = getattr(model, "config", None)
-    modes, names = [(module, module.training) for module in model.modules()], set(vars(model))
+    names = set(vars(model))
     with ExitStack() as stack:
         stack.enter_context(kept_rng())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         if config is not None and hasattr(config, "use_cache"):     # Trainer turns it off
             stack.callback(setattr, config, "use_cache", config.use_cache)
         stack.callback(lambda: [delattr(model, name) for name in set(vars(model)) - names])
-        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        stack.enter_context(kept_modes(model))
         stack.callback(lambda: [setattr(p, "grad", None) for p in delta.parameters()])
         if spec.threads is not None:
             torch.set_num_threads(spec.threads)
