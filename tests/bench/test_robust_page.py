@@ -2,7 +2,7 @@
 import json
 from dataclasses import replace
 
-from slimtune.bench.robust_page import page
+from slimtune.bench.robust_page import LONGER, page
 from slimtune.bench.robust_settings import SETTINGS
 
 
@@ -14,7 +14,8 @@ def row(clean: float, words: float, ball: float) -> dict:
 
 
 def test_the_page_tells_what_holds():
-    found = {"settings": json.loads(json.dumps(SETTINGS.told())), "seeds": {
+    found = {"settings": json.loads(json.dumps(SETTINGS.told())), "facts": {"phrases": 9600, "embedding_norm": 1.234},
+             "seeds": {
         "0": {"dense": row(0.9, 0.4, 0.3), "magnitude": row(0.88, 0.5, 0.2), "robust": row(0.86, 0.6, 0.25)},
         "1": {"dense": row(0.9, 0.5, 0.3), "magnitude": row(0.88, 0.5, 0.2), "robust": row(0.86, 0.6, 0.25)}}}
     text = page(found)
@@ -22,7 +23,20 @@ def test_the_page_tells_what_holds():
     assert "- PGD 0.1: does not hold; -5.0 points beside dense, +5.0 beside magnitude." in text
     assert "- Clean: does not hold; -4.0 points beside dense." in text
     assert "| dense | 90.0 (90.0 to 90.0) | 45.0 (40.0 to 50.0) | 50.0 (44.4 to 55.6) | 20.0 (20.0 to 20.0) |" in text
+    assert "500 steps of 32 phrases, 1.67 of an epoch" in text
+    assert "norm 1.23 on average" in text
     assert "standard error of up to 5.0 points" in text
+    assert "Control" not in text
+
+
+def test_a_control_is_told_where_it_was_run():
+    one = {"dense": row(0.9, 0.4, 0.3), "magnitude": row(0.88, 0.5, 0.2), "robust": row(0.86, 0.6, 0.25)}
+    found = {"settings": json.loads(json.dumps(SETTINGS.told())), "facts": {"phrases": 9600, "embedding_norm": 1.0},
+             "seeds": {"0": one | {LONGER: row(0.8, 0.3, 0.3)}, "1": one}}
+    text = page(found)
+    control = "Control, beside dense for as many steps as search and ticket"
+    assert f"- {control}: Words +30.0, PGD 0.1 -5.0, clean +6.0." in text
+    assert "| dense, 800 steps | 80.0 |" in text
 
 
 def test_a_folder_of_models_is_that_of_what_makes_them():

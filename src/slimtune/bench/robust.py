@@ -5,11 +5,10 @@
     python -m slimtune.bench.robust --page                # only the page again
 
 MiniLM-L6 on SST-2: fine-tuned dense; the magnitude ticket, drawn from the fine-tuned weights; the robust ticket, of the
-same sparsity; tickets are rewound to the pretrained weights and trained as the dense model was. A stopped run goes on
-from the last model that was finished.
+same sparsity; tickets are rewound to the pretrained weights and trained as the dense model was. A control is dense,
+trained for as many steps as search and ticket take. A stopped run goes on from the last model that was finished.
 """
 import argparse
-import json
 import math
 import time
 from collections import Counter
@@ -24,29 +23,31 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slimtune.bench.robust_page import page
+from slimtune.bench.results import record, recorded
+from slimtune.bench.robust_page import LONGER, page
 from slimtune.bench.robust_settings import SETTINGS, TOKENS, WORDS, Settings
 from slimtune.core import Delta, attach, dissect
 from slimtune.data import DataSpec
 from slimtune.data.examples import Collate, Examples
 from slimtune.data.tables import Table, read_table
 from slimtune.data.text_classification import collator, encode
-from slimtune.errors import SlimtuneError
 from slimtune.io.load import load
 from slimtune.io.models import load_model, load_tokenizer
 from slimtune.io.packages import cache_folder
 from slimtune.methods import get
 from slimtune.objectives import Attacked, Robustness, WordSwap, adversarial_backward, pgd, synonyms, word_embeddings
-from slimtune.recipe.env import environment
-from slimtune.recipe.folder import write_json, write_text
+from slimtune.recipe.folder import write_text
 from slimtune.sparsity.allocation import global_
 from slimtune.sparsity.robust import search, state_names, ticket
 from slimtune.train import fit
 from slimtune.train.predict import autocast
 
 OUT, DOC, DATA = Path("benchmarks/results/robust.json"), Path("docs/robust.md"), Path("../shared/data/text/sst2")
-MODELS = ("dense", "magnitude", "robust")
+NEAR = 50
+"""Batches of the search that are sorted by length together."""
+MODELS = ("dense", "magnitude", "robust", LONGER)
 """The order they are made in: the tickets are drawn from the dense model."""
+TICKETS = ("magnitude", "robust")
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,12 @@ def _table(path: Path, words: int) -> Table:
 # models
 
 def tune(ground: Ground, settings: Settings, seed: int, folder: Path,
-         masks: Mapping[str, Tensor] | None = None) -> Delta:
-    """Train the pretrained encoder, all of it, under masks if there are any."""
+         masks: Mapping[str, Tensor] | None = None, more: int = 0) -> Delta:
+    """Train the pretrained encoder, all of it, under masks if there are any. more: steps beside those of all."""
     delta = attach(ground.model, get("full")(), "tuned", seed=seed)
     if masks is not None:
         delta.set_masks(state_names(masks))
-    spec = settings.tune.model_copy(update={"seed": seed})
+    spec = settings.tune.model_copy(update={"seed": seed, "steps": (settings.tune.steps or 0) + more})
     fit(delta, ground.train, None, ground.collate, None, spec, folder)
     return delta
 
@@ -139,11 +140,15 @@ def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _batches(ground: Ground, size: int, seed: int) -> Iterator[Mapping[str, Tensor]]:
+    """Epochs without end, in batches of phrases of like length: these pad half as much."""
     generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([len(row["input_ids"]) for row in ground.train])
     while True:
-        order = torch.randperm(len(ground.train), generator=generator).tolist()
-        for start in range(0, len(order) - size + 1, size):
-            yield ground.collate([ground.train[i] for i in order[start:start + size]])
+        for near in torch.randperm(len(lengths), generator=generator).split(size * NEAR):
+            batches = near[lengths[near].argsort(stable=True)].split(size)
+            for i in torch.randperm(len(batches), generator=generator).tolist():
+                if len(batches[i]) == size:
+                    yield ground.collate([ground.train[j] for j in batches[i].tolist()])
 
 
 # attacks
@@ -204,10 +209,10 @@ def run(ground: Ground, settings: Settings, seed: int, work: Path, done: dict[st
             continue
         start = time.process_time()
         more, masks = {}, None
-        if name != "dense":
+        if name in TICKETS:
             masks = _drawn(name, ground, settings, seed, work)
             more["kept"] = {path: round(float(mask.float().mean()), 4) for path, mask in masks.items()}
-        delta = tune(ground, settings, seed, work / name, masks)
+        delta = tune(ground, settings, seed, work / name, masks, settings.search.steps if name == LONGER else 0)
         made = time.process_time() - start
         if name == "dense":
             delta.save(work / name / "delta")
@@ -229,16 +234,10 @@ def _drawn(name: str, ground: Ground, settings: Settings, seed: int, work: Path)
     return load_file(file)
 
 
-def read(path: Path, settings: Settings) -> dict[str, Any]:
-    """The results on disk, or none. Errors: SlimtuneError for those of other settings."""
-    told = json.loads(json.dumps(settings.told()))
-    if not path.is_file():
-        return {"settings": told, "seeds": {}}
-    found = json.loads(path.read_text())
-    if found.get("settings") != told:
-        raise SlimtuneError(f"{path}: its results are of other settings.", "Write elsewhere with --out FILE, or "
-                            "delete it.")
-    return found
+def facts(ground: Ground) -> dict[str, float]:
+    """What the page tells beside the scores: the training phrases, and the mean norm of the vocabulary's embeddings."""
+    norms = word_embeddings(ground.model).weight.detach().norm(dim=1)  # type: ignore[operator,union-attr]
+    return {"phrases": len(ground.train), "embedding_norm": round(float(norms.mean()), 4)}
 
 
 def main() -> None:
@@ -251,15 +250,17 @@ def main() -> None:
     parser.add_argument("--doc", type=Path, default=DOC)
     parser.add_argument("--page", action="store_true", help="only write the page again")
     options = parser.parse_args()
-    found = read(options.out, SETTINGS)
+    found = recorded(options.out, "settings", SETTINGS.told(), seeds={})
     if not options.page:
         torch.set_num_threads(1)
         ground = Ground.load(options.data)
+        found["facts"] = facts(ground)
         for seed in options.seeds:
             done = found["seeds"].setdefault(str(seed), {})
             run(ground, SETTINGS, seed, options.work / SETTINGS.digest() / f"seed-{seed}", done,
-                lambda: write_json(options.out, found | {"environment": environment()}))
-    write_text(options.doc, page(json.loads(options.out.read_text())))
+                lambda: record(options.out, found))
+    if any(found["seeds"].values()):
+        write_text(options.doc, page(found))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Settings:
     adversary: FreeLB
     balls: tuple[PGD, ...]
     sparsity: float = 0.3
-    sentences: int = 200
+    sentences: int = 300
     threshold: float = 0.35
     candidates: int = 12
     share: float = 0.4
@@ -43,6 +43,7 @@ class Settings:
 
 
 SETTINGS = Settings(
-    tune=TrainSpec(steps=500, batch_size=32, learning_rate=1e-4, weight_decay=0.01, warmup=0.1, precision="bfloat16",
+    tune=TrainSpec(steps=300, batch_size=32, learning_rate=2e-5, weight_decay=0.01, warmup=0.1, precision="bfloat16",
                    save_every=10_000, threads=1),
-    search=TicketSpec(steps=150), adversary=FreeLB(steps=3), balls=(PGD(0.1, 0.02), PGD(0.2, 0.04)))
+    search=TicketSpec(steps=500, columns=4), adversary=FreeLB(steps=3, rate=0.1),
+    balls=(PGD(0.1, 0.02), PGD(0.2, 0.04)))
