@@ -21,6 +21,7 @@ def test_bert_base(base):
     assert set(macs.neurons.values()) == {196_608}
     assert macs.total == 12 * (12 * 27_262_976 + 3072 * 196_608)
     assert st.count_macs(base, 384).total == 12 * (384 * (4 * 768**2 + 2 * 768 * 3072) + 2 * 384**2 * 768)
+    assert round(st.count_macs(base, 384).total / 1e9, 2) == 35.33
 
 
 @pytest.mark.parametrize(("tokens", "heads", "neurons", "saved"), [

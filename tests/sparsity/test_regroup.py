@@ -58,6 +58,12 @@ def test_jaccard():
             assert found[i, j] == pytest.approx(len(a & b) / len(a | b))
 
 
+def test_three_of_eight_columns():
+    rows = torch.zeros(2, 10, dtype=torch.bool)
+    rows[0, :6] = rows[1, 3:8] = True
+    assert jaccard(rows[:1], rows[1:]).item() == 3 / 8
+
+
 def test_nothing_alike_stays_as_it_is():
     mask = torch.eye(32, dtype=torch.bool)
     assert regroup(mask) == []

@@ -23,6 +23,13 @@ def test_denominators_of_the_papers():
         "base", "base+pooler", "delta+base", "delta"]
 
 
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.2, 68_419_584), (0.3, 59_867_136), (0.4, 51_314_688)])
+def test_robust_tickets_keep(sparsity, kept):
+    """Of 85,524,480. The spec's 59,867,135 of 30 % is int(0.7 * n), whose product falls below a whole number."""
+    assert 85_524_480 - removed(sparsity, 85_524_480) == kept
+    assert int(0.7 * 85_524_480) == 59_867_135
+
+
 @pytest.mark.parametrize("times", [1, 2, 3, 4])
 def test_sparse_adapters_denominator(times):
     delta = st.attach(bert_base_meta(), st.methods.Houlsby(bottleneck=64 * times))
