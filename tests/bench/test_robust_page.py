@@ -34,7 +34,7 @@ def test_a_control_is_told_where_it_was_run():
     found = {"settings": json.loads(json.dumps(SETTINGS.told())), "facts": {"phrases": 9600, "embedding_norm": 1.0},
              "seeds": {"0": one | {LONGER: row(0.8, 0.3, 0.3)}, "1": one}}
     text = page(found)
-    control = "Control, beside dense for as many steps as search and ticket"
+    control = "Control, 1 of 2 seeds, beside dense for as many steps as search and ticket"
     assert f"- {control}: Words +30.0, PGD 0.1 -5.0, clean +6.0." in text
     assert "| dense, 800 steps | 80.0 |" in text
 

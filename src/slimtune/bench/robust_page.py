@@ -86,7 +86,8 @@ def _verdict(seeds: Mapping[str, Any], attacks: Sequence[str]) -> list[str]:
     if longer := [made for made in whole if LONGER in made]:
         told = ", ".join(f"{_title(key)} {_ahead(longer, LONGER, key):+.1f}" for key in attacks)
         clean = _ahead(longer, LONGER, "words", "clean")
-        lines.append(f"- Control, beside dense for as many steps as search and ticket: {told}, clean {clean:+.1f}.")
+        lines.append(f"- Control, {len(longer)} of {len(whole)} seeds, beside dense for as many steps as search and "
+                     f"ticket: {told}, clean {clean:+.1f}.")
     count = whole[0]["dense"]["words"]["examples"]
     error = 50 / count ** 0.5
     return [*lines, "", f"A share of {count} sentences has a standard error of up to {error:.1f} points.", ""]
